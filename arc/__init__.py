@@ -1,0 +1,1 @@
+from arc.errors import InputError as InputError

@@ -1,0 +1,1 @@
+from qwen_eqx.errors import InputError as InputError

@@ -1,0 +1,1 @@
+from sae.errors import InputError as InputError

@@ -1,0 +1,6 @@
+"""The one table of tolerances. A tolerance is never loosened to make a test pass."""
+
+# ---------------------------------------------------------------- qwen_eqx
+LOGITS_F32 = {"rtol": 1e-4, "atol": 1e-4}  # float32 logits against Hugging Face or the float64 oracle
+
+# ---------------------------------------------------------------- sae
