@@ -54,7 +54,7 @@ class Tokenizer:
         }
         backend = _backend(files[VOCABULARY], directory / VOCABULARY)
         settings = read_json(directory / SETTINGS) if SETTINGS in files else {}
-        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        largest = _largest_id(backend)
         if vocab_size is None:
             vocab_size = largest + 1
         if largest >= vocab_size:
@@ -135,6 +135,11 @@ class Tokenizer:
         token = self.special_tokens.get("pad_token")
         return self.token_to_id(token) if token is not None else (self.eos_id or 0)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of any token; the model's own vocabulary may be larger."""
+        return _largest_id(self.backend)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the tokenizer's files: equal digests read and write the same ids."""
@@ -205,6 +210,10 @@ def _backend(data: bytes, path: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()  # settings a training run left in the file would cut prompts short
     backend.no_padding()
     return backend
+
+
+def _largest_id(backend: tokenizers.Tokenizer) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _content(token: Any) -> Any:
