@@ -88,10 +88,11 @@ def save_pretrained(
     try:
         for path, content in _contents(model, tokenizer, directory, max_shard_bytes):
             written[path] = temporary_name(path)
-            if isinstance(content, bytes):
-                written[path].write_bytes(content)
-            else:
+            written[path].write_bytes(content if isinstance(content, bytes) else b"")
+            if not isinstance(content, bytes):
+                mode = written[path].stat().st_mode
                 safetensors.numpy.save_file(content, written[path], metadata={"format": "pt"})
+                written[path].chmod(mode)  # safetensors makes files that only their owner can read
         (directory / CONFIG).unlink(missing_ok=True)
         for path, temporary in written.items():
             commit(temporary, path)
