@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from qwen_eqx.config import QwenConfig
@@ -38,7 +39,7 @@ class Attention(eqx.Module):
     k_norm: RMSNorm | None
 
     @classmethod
-    def init(cls, config: QwenConfig, *, dtype: jnp.dtype, key: PRNGKeyArray) -> "Attention":
+    def init(cls, config: QwenConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> "Attention":
         q, k, v, o = jax.random.split(key, 4)
         wide, narrow = config.heads * config.d_head, config.kv_heads * config.d_head
         norm = RMSNorm.init(config.d_head, config.norm_eps, dtype) if config.qk_norm else None

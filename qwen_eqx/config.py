@@ -1,13 +1,13 @@
 """The facts of one Qwen decoder, read from and written to a Hugging Face `config.json`."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_eqx.errors import InputError
+from qwen_eqx.files import read_json
 
 # What a config.json may ask for that this code does not do, with the values under which it asks for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -24,7 +24,7 @@ _MAX_LAYERS = 1024  # a skeleton costs Python time per layer: refuse nonsense be
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
-    """Architecture of a Qwen2, Qwen2.5 or dense Qwen3 decoder (transformers `modeling_qwen2.py`, `modeling_qwen3.py`)."""
+    """Architecture of a Qwen2, Qwen2.5 or dense Qwen3 decoder (transformers `Qwen2Config`, `Qwen3Config`)."""
 
     model_type: str  # "qwen2" (q/k/v bias) or "qwen3" (q/k norm, no bias)
     vocab: int  # rows of the embedding table; at least as many as the tokenizer has ids
@@ -95,7 +95,7 @@ class QwenConfig:
             d_head = d_model // heads
         else:
             raise InputError(
-                f"{where}: hidden_size={d_model} is no multiple of num_attention_heads={heads}, and there is no head_dim"
+                f"{where}: hidden_size={d_model} is no multiple of num_attention_heads={heads}, and head_dim is missing"
             )
         try:
             return cls(
@@ -118,10 +118,10 @@ class QwenConfig:
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
         """Reads a `config.json`; raises `InputError` naming the file and the field."""
-        return cls.from_hf(read_json_object(path), str(path))
+        return cls.from_hf(read_json(path), str(path))
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
-        """The fields of a `config.json` that transformers opens with AutoModelForCausalLM; `dtype` is that of the weights."""
+        """The fields of a `config.json` that transformers opens; `dtype` is that of the weights."""
         fields: dict[str, Any] = {
             "architectures": ["Qwen2ForCausalLM" if self.model_type == "qwen2" else "Qwen3ForCausalLM"],
             "model_type": self.model_type,
@@ -144,21 +144,6 @@ class QwenConfig:
         if self.model_type == "qwen3":
             fields["attention_bias"] = False
         return fields
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `InputError` for a file that is missing, unreadable, no JSON, or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: the file is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _field(fields: Mapping[str, Any], name: str, kind: type, where: str) -> Any:

@@ -5,6 +5,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 _FAST_ROWS = (
@@ -32,7 +33,7 @@ def _padded_product(x: Float[Array, "rows d_in"], weight: Float[Array, "d_out d_
     return _product(padded, weight)[: x.shape[0]]
 
 
-def normal_weight(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
+def normal_weight(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
     """Weights drawn from N(0, 0.02²), transformers' `initializer_range`."""
     return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
@@ -44,7 +45,7 @@ class Linear(eqx.Module):
     bias: Float[Array, " d_out"] | None
 
     @classmethod
-    def init(cls, d_in: int, d_out: int, *, bias: bool, dtype: jnp.dtype, key: PRNGKeyArray) -> "Linear":
+    def init(cls, d_in: int, d_out: int, *, bias: bool, dtype: DTypeLike, key: PRNGKeyArray) -> "Linear":
         return cls(normal_weight(key, (d_out, d_in), dtype), jnp.zeros(d_out, dtype) if bias else None)
 
     def __call__(
@@ -64,7 +65,7 @@ class RMSNorm(eqx.Module):
     eps: float = eqx.field(static=True)
 
     @classmethod
-    def init(cls, width: int, eps: float, dtype: jnp.dtype) -> "RMSNorm":
+    def init(cls, width: int, eps: float, dtype: DTypeLike) -> "RMSNorm":
         return cls(jnp.ones(width, dtype), eps)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
@@ -80,7 +81,7 @@ class Embedding(eqx.Module):
     table: Float[Array, "vocab d_model"]
 
     @classmethod
-    def init(cls, vocab: int, d_model: int, *, dtype: jnp.dtype, key: PRNGKeyArray) -> "Embedding":
+    def init(cls, vocab: int, d_model: int, *, dtype: DTypeLike, key: PRNGKeyArray) -> "Embedding":
         return cls(normal_weight(key, (vocab, d_model), dtype))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
@@ -95,7 +96,7 @@ class SwiGLU(eqx.Module):
     down: Linear
 
     @classmethod
-    def init(cls, d_model: int, d_ff: int, *, dtype: jnp.dtype, key: PRNGKeyArray) -> "SwiGLU":
+    def init(cls, d_model: int, d_ff: int, *, dtype: DTypeLike, key: PRNGKeyArray) -> "SwiGLU":
         gate, up, down = jax.random.split(key, 3)
         return cls(
             Linear.init(d_model, d_ff, bias=False, dtype=dtype, key=gate),

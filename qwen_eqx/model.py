@@ -1,45 +1,20 @@
 """The decoder: embed, blocks, final norm, head. One forward pass serves plain calls, prefill and decoding."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from qwen_eqx.attention import Attention, attend
 from qwen_eqx.cache import KVCache, LayerCache, visible
 from qwen_eqx.config import QwenConfig
+from qwen_eqx.edits import AbstractEdit, EditTap, resolve_edits
 from qwen_eqx.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
 from qwen_eqx.rope import Rotation
-from qwen_eqx.sites import Site
-
-
-class Tap(Protocol):
-    """Called at every site while a forward pass is traced; what it returns goes on through the model."""
-
-    def __call__(self, site: Site, value: Float[Array, "batch seq width"], /) -> Float[Array, "batch seq width"]: ...
-
-
-def untouched(site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-    """The tap that reads nothing and changes nothing."""
-    return value
-
-
-class Recorder:
-    """A tap that keeps the wanted sites' values; lives inside one trace."""
-
-    def __init__(self, wanted: Iterable[Site], inner: Tap = untouched):
-        self.wanted = frozenset(wanted)
-        self.inner = inner
-        self.values: dict[Site, Float[Array, "batch seq width"]] = {}
-
-    def __call__(self, site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-        value = self.inner(site, value)
-        if site in self.wanted:
-            self.values[site] = value
-        return value
+from qwen_eqx.sites import Recorder, Site, Tap, untouched
 
 
 class Block(eqx.Module):
@@ -52,7 +27,7 @@ class Block(eqx.Module):
     layer: int = eqx.field(static=True)
 
     @classmethod
-    def init(cls, config: QwenConfig, layer: int, *, dtype: jnp.dtype, key: PRNGKeyArray) -> "Block":
+    def init(cls, config: QwenConfig, layer: int, *, dtype: DTypeLike, key: PRNGKeyArray) -> "Block":
         attn, mlp = jax.random.split(key)
         return cls(
             RMSNorm.init(config.d_model, config.norm_eps, dtype),
@@ -72,8 +47,7 @@ class Block(eqx.Module):
         config: QwenConfig,
         tap: Tap,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
-        """Returns the new residual stream and the keys and values attended to: `past` with this chunk written at `slot`,
-        or this chunk's own without a past."""
+        """The new residual stream, and the keys and values attended to: `past` with this chunk at `slot`, or its own."""
         batch, seq, _ = x.shape
         dtype = x.dtype
 
@@ -107,7 +81,7 @@ class Qwen(eqx.Module):
     config: QwenConfig = eqx.field(static=True)
 
     @classmethod
-    def init(cls, config: QwenConfig, *, key: PRNGKeyArray, dtype: jnp.dtype = jnp.dtype(jnp.bfloat16)) -> "Qwen":
+    def init(cls, config: QwenConfig, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.bfloat16) -> "Qwen":
         """Random weights; under `eqx.filter_eval_shape` a skeleton of any size in no memory."""
         embed, head, *blocks = jax.random.split(key, config.layers + 2)
         return cls(
@@ -132,10 +106,10 @@ class Qwen(eqx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], KVCache]:
         """The residual stream after the last block, and the cache.
 
-        Without a past, the tokens attend to one another, `length` is the position of each row's first one (negative: that many
-        left pads), and the cache holds just these tokens. With a past, `length` must be the past's.
+        `length` is the position of each row's first token (negative: that many left pads). Without a past the tokens attend
+        to one another and the cache holds just these; with a past, `length` must be the past's.
         """
-        batch, seq = tokens.shape
+        seq = tokens.shape[1]
         index = jnp.zeros((), jnp.int32) if past is None else past.index
         kv_seq = seq if past is None else past.kv_seq
         positions = length[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
@@ -160,10 +134,12 @@ class Qwen(eqx.Module):
         return self.logits(x[0])
 
     def run_with_capture(
-        self, tokens: Int[Array, " seq"], sites: Iterable[str]
+        self, tokens: Int[Array, " seq"], sites: Iterable[str], *, edits: Sequence[AbstractEdit] = ()
     ) -> tuple[Float32[Array, "seq vocab"], dict[str, Float[Array, "seq width"]]]:
-        """Logits and the activations at `sites`, keyed as asked; any kind of `sites.KINDS`, in either spelling."""
+        """Logits and the activations at `sites` (after `edits`, if any), keyed as asked; all kinds, both spellings."""
         names = {name: Site.parse(name, self.config) for name in sites}
-        recorder = Recorder(names.values())
+        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
+        edit = EditTap(resolve_edits(edits, self.config), positions, jnp.full(1, tokens.shape[0], jnp.int32))
+        recorder = Recorder(names.values(), edit)
         x, _ = self.forward(tokens[None], jnp.zeros(1, jnp.int32), tap=recorder)
         return self.logits(x[0]), {name: recorder.values[site][0] for name, site in names.items()}

@@ -2,7 +2,11 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float
 
 from qwen_eqx.config import QwenConfig
 from qwen_eqx.errors import InputError
@@ -63,22 +67,26 @@ def describe_sites(config: QwenConfig) -> str:
     last = config.layers - 1
     tl = ", ".join(tl for tl, _ in KINDS.values())
     hf = ", ".join(f".{hf}" for _, hf in KINDS.values() if hf)
-    return f"blocks.0 to blocks.{last} followed by .{{{tl}}}, and model.layers.0 to model.layers.{last}, alone or followed by {{{hf}}}"
+    return f"blocks.0 … blocks.{last} followed by .{{{tl}}}, or model.layers.0 … model.layers.{last} alone or with {{{hf}}}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
     """Which d_model-wide sites to keep while generating.
 
-    `layers` is the common case, the residual stream after those blocks; `sites` names places one by one; both may be given.
+    `layers` is the common case, the residual stream after those blocks; `sites` names places one by one.
     """
 
     layers: Iterable[int] = ()
     sites: Iterable[str | Site] = ()
+    positions: Literal["generated", "prompt", "all"] = "generated"  # generated: those whose logits chose a token
+    dtype: jax.typing.DTypeLike | None = None  # of the buffer; None: the model's
 
     def resolve(self, config: QwenConfig) -> tuple[Site, ...]:
         """The sites in the order of the buffer; raises for unknown, repeated, or not d_model-wide ones."""
         names: list[str | Site] = [Site(layer, "resid_post") for layer in self.layers]
+        if self.positions not in ("generated", "prompt", "all"):
+            raise InputError(f"Capture.positions: found {self.positions!r}, expected 'generated', 'prompt' or 'all'")
         sites = tuple(Site.parse(name, config) for name in [*names, *self.sites])
         if not sites:
             raise InputError("Capture names no site; give layers=... or sites=..., or capture=None")
@@ -91,3 +99,27 @@ class Capture:
             if sites.count(site) > 1:
                 raise InputError(f"site '{site}' is named more than once")
         return sites
+
+
+# Called at every site while a forward pass is traced; what it returns goes on through the model.
+Tap = Callable[[Site, Float[Array, "batch seq width"]], Float[Array, "batch seq width"]]
+
+
+def untouched(site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    """The tap that reads nothing and changes nothing."""
+    return value
+
+
+class Recorder:
+    """A tap that keeps the wanted sites' values, after `inner` has had them; lives inside one trace."""
+
+    def __init__(self, wanted: Iterable[Site], inner: Tap = untouched):
+        self.wanted = frozenset(wanted)
+        self.inner = inner
+        self.values: dict[Site, Float[Array, "batch seq width"]] = {}
+
+    def __call__(self, site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+        value = self.inner(site, value)
+        if site in self.wanted:
+            self.values[site] = value
+        return value
