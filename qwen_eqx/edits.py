@@ -1,5 +1,6 @@
 """Interventions as values: what to do to the activation at a site, and at which positions, inside the compiled loop."""
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -74,17 +75,18 @@ class Patch(AbstractEdit):
     """x'[p_i] = values[i] at positions p_i (activation patching, arXiv 2309.16042); other positions stay as they are."""
 
     values: Float[Array, "chosen width"]
-    where: Int[Array, " chosen"]
+    where: Where  # the positions, as an array
     site: str | Site = eqx.field(static=True, kw_only=True)
 
     def edited(self, x: Activation, positions: Int[Array, "batch seq"]) -> Activation:
+        assert not isinstance(self.where, str)
         chosen = jnp.argmax(positions[:, :, None] == self.where[None, None, :], axis=-1)
         return self.values[chosen].astype(x.dtype)
 
     def check(self, site: Site, config: QwenConfig) -> None:
         _check_width("Patch.values", self.values, site, config)
-        if self.values.shape[:1] != self.where.shape:
-            raise InputError(f"Patch: found {self.values.shape[0]} values for {self.where.shape[0]} positions")
+        if isinstance(self.where, str) or self.values.shape[:1] != self.where.shape:
+            raise InputError(f"Patch.where: found {self.where!r}, expected {self.values.shape[0]} positions, one a value")
 
 
 class Replace(AbstractEdit):
@@ -126,13 +128,8 @@ def resolve_edits(edits: Sequence[AbstractEdit], config: QwenConfig) -> tuple[Ab
                 f"edits: where={edit.where!r}: expected 'all', 'prompt', 'generated' or an array of positions"
             )
         edit.check(site, config)
-        resolved.append(_with_site(edit, site))
+        resolved.append(dataclasses.replace(edit, site=site))
     return tuple(resolved)
-
-
-def _with_site(edit: AbstractEdit, site: Site) -> AbstractEdit:
-    fields = {name: getattr(edit, name) for name in edit.__dataclass_fields__}
-    return type(edit)(**fields | {"site": site})
 
 
 class EditTap:

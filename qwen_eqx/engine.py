@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 from qwen_eqx.cache import KVCache
 from qwen_eqx.edits import AbstractEdit, EditTap
 from qwen_eqx.model import Qwen
-from qwen_eqx.sample import AbstractSampler
+from qwen_eqx.sample import AbstractSampler, needs_seen
 from qwen_eqx.sites import Recorder, Site
 
 
@@ -66,7 +66,7 @@ class Generator(eqx.Module):
         """Reads left-padded prompts once and chooses the first token of batch = n · prompts rows, n for each prompt."""
         copies = keys.shape[0] // tokens.shape[0]
         x, cache, last, kept = self._read(model, tokens, lengths)
-        seen = _mark(tokens, lengths, model.config.vocab) if self.sampler.needs_seen else None
+        seen = _mark(tokens, lengths, model.config.vocab) if needs_seen(self.sampler) else None
         logits = model.logits(x)
         if copies > 1:
             cache, seen, logits, lengths = _repeat((cache, seen, logits, lengths), copies, axis=0)

@@ -1,6 +1,7 @@
 """Choosing the next token: small composable modules over float32 logits."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ _FEW = 256  # top-p looks among this many before it searches the whole vocabular
 class AbstractSampler(eqx.Module):
     """Chooses one token per row. `seen` marks each row's prompt and generated tokens, and is kept only if asked for."""
 
-    needs_seen: eqx.AbstractClassVar[bool]
+    uses_seen: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, logits: Logits, keys: Key[Array, " batch"], seen: Seen | None) -> Int[Array, " batch"]: ...
@@ -26,16 +27,12 @@ class AbstractSampler(eqx.Module):
 class Greedy(AbstractSampler):
     """argmax of the logits, the lowest id among equals."""
 
-    needs_seen = False
-
     def __call__(self, logits: Logits, keys: Key[Array, " batch"], seen: Seen | None) -> Int[Array, " batch"]:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 class AbstractFilter(AbstractSampler):
     """Changes logits; on its own it samples from what it leaves."""
-
-    needs_seen = False
 
     @abstractmethod
     def filter(self, logits: Logits, seen: Seen | None) -> Logits:
@@ -108,7 +105,7 @@ class RepetitionPenalty(AbstractFilter):
     """Divides positive and multiplies negative logits of tokens already seen (arXiv 1909.05858; as transformers does)."""
 
     penalty: Float32[Array, ""] = eqx.field(converter=lambda r: _number("penalty", r))
-    needs_seen = True
+    uses_seen: ClassVar[bool] = True
 
     def filter(self, logits: Logits, seen: Seen | None) -> Logits:
         if seen is None:
@@ -127,16 +124,17 @@ class Chain(AbstractSampler):
             raise InputError("Chain: every step but the last must be a filter, and there must be one")
         self.steps = steps
 
-    @property
-    def needs_seen(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(step.needs_seen for step in self.steps)
-
     def __call__(self, logits: Logits, keys: Key[Array, " batch"], seen: Seen | None) -> Int[Array, " batch"]:
         *filters, last = self.steps
         for step in filters:
             assert isinstance(step, AbstractFilter)
             logits = step.filter(logits, seen)
         return last(logits, keys, seen)
+
+
+def needs_seen(sampler: AbstractSampler) -> bool:
+    """Whether a sampler must be told which tokens have been seen."""
+    return any(map(needs_seen, sampler.steps)) if isinstance(sampler, Chain) else sampler.uses_seen
 
 
 def draw(logits: Logits, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
@@ -165,9 +163,7 @@ def _invert(weights: Float32[Array, "batch n"], uniform: Float32[Array, " batch"
 def _least_kept(probs: Float32[Array, "batch vocab"], p: Float32[Array, ""]) -> Float32[Array, " batch"]:
     """The least probability in the nucleus, by bisection over the bit patterns of non-negative float32 (31 steps, exact)."""
 
-    Bounds = tuple[Int[Array, " batch"], Int[Array, " batch"]]
-
-    def halve(_, bounds: Bounds) -> Bounds:
+    def halve(_, bounds):
         low, high = bounds  # mass above `low` reaches p, mass above `high` does not
         middle = low + (high - low) // 2
         value = jax.lax.bitcast_convert_type(middle, jnp.float32)
