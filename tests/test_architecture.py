@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Inside a package, a file imports only files that stand before it here.
 ORDER = {
     "qwen_eqx": [
-        "errors", "config", "layers", "rope", "attention", "cache", "sites", "edits", "model", "sample",
-        "generate", "scheduler", "search", "sharding", "tokenizer", "hf", "train", "__init__",
+        "errors", "files", "chat", "tokenizer", "config", "layers", "rope", "attention", "cache", "sites", "edits",
+        "model", "sample", "generate", "scheduler", "search", "sharding", "hub", "hf", "train", "__init__",
     ],
     "arc": [
         "errors", "grid", "task", "data", "encode", "augment", "prompt", "parse", "vote", "submission", "score",
