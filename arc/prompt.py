@@ -5,7 +5,7 @@ for byte; fine-tuned checkpoints of that family know no other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arc.encode import DEFAULT_ENCODER, Encoder, as_encoder
 from arc.errors import InputError
@@ -114,8 +114,55 @@ def answer(grid: Grid, encoder: str | Encoder = DEFAULT_ENCODER, form: str | Pro
     return as_format(form).answer + as_encoder(encoder).encode(grid)
 
 
-def render(messages: list[dict[str, str]], begun: str = "", template: Callable[..., str] | None = None) -> str:
+def prompt_text(messages: list[dict[str, str]], begun: str = "", template: Callable[..., str] | None = None) -> str:
     """The text to complete, by `template(messages, add_generation_prompt=True)` or, without one, the bare contents."""
     if template is not None:
         return template(messages, add_generation_prompt=True) + begun
     return "".join(message["content"].rstrip("\n") + "\n\n" for message in messages) + begun
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One test input of a task, ready to complete."""
+
+    text: str
+    begun: str
+    """The end of `text` that is already part of the answer: `arc.parse` wants it back."""
+    dropped: tuple[int, ...]
+    """Training pairs of the task left out to fit the budget."""
+    length: int | None
+    """In the units of the budget, where one was given."""
+
+
+def build(
+    task: Task,
+    test: int = 0,
+    *,
+    encoder: str | Encoder = DEFAULT_ENCODER,
+    form: str | PromptFormat = DEFAULT_PROMPT,
+    template: Callable[..., str] | None = None,
+    begin: bool = True,
+    count: Callable[[str], int] | None = None,
+    budget: int | None = None,
+) -> Prompt:
+    """The prompt, with fewer training pairs where `count(text)` exceeds `budget`.
+
+    The longest pair goes first, so as many as possible stay; no grid is ever cut, the test input always stays, and a
+    task that does not fit even with one pair is an InputError.
+    """
+    if (count is None) != (budget is None):
+        raise InputError("budget: found only one of count and budget, expected both or none")
+    encoder, form = as_encoder(encoder), as_format(form)
+    begun = prefill(encoder, form) if begin else ""
+    lengths = [len(encoder.encode(pair.input)) + len(encoder.encode(pair.output)) for pair in task.train]  # type: ignore
+    kept = list(range(len(task.train)))
+    while True:
+        part = replace(task, train=tuple(task.train[index] for index in kept))
+        text = prompt_text(chat_messages(part, test, encoder, form), begun, template)
+        length = None if count is None else count(text)
+        if length is None or budget is None or length <= budget:
+            dropped = tuple(index for index in range(len(task.train)) if index not in kept)
+            return Prompt(text, begun, dropped, length)
+        if len(kept) == 1:
+            raise InputError(f"task {task.id}, test {test}: found length {length} with one pair, expected {budget}")
+        kept.remove(max(kept, key=lambda index: (lengths[index], index)))
