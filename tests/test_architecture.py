@@ -16,8 +16,8 @@ ORDER = {
         "model", "sample", "memory", "engine", "generate", "scheduler", "search", "sharding", "hub", "hf", "train", "__init__",
     ],
     "arc": [
-        "errors", "grid", "task", "data", "encode", "augment", "prompt", "parse", "vote", "submission", "score",
-        "generators", "render", "__init__",
+        "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
+        "submission", "score", "generators", "render", "__init__",
     ],
     "sae": [
         "errors", "models", "losses", "buffer", "store", "metrics", "train", "synthetic", "formats", "report", "__init__",

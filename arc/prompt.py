@@ -1,0 +1,168 @@
+"""A task as the text a model is asked to continue.
+
+`output-from-examples-v0` and `-v1` are the formats of the arc24 solution (github.com/ironbar/arc24, prompting.py), byte
+for byte; fine-tuned checkpoints of that family know no other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from arc.encode import DEFAULT_ENCODER, Encoder, as_encoder
+from arc.errors import InputError
+from arc.grid import Grid
+from arc.task import Task
+
+_PRIORS_V0 = """\
+- Objectness: Objects persist and cannot appear or disappear without reason. Objects can interact or not depending on \
+the circumstances.
+- Goal-directed: Objects can be animate or inanimate. Some objects are "agents" - they have intentions and they pursue \
+goals.
+- Numbers & counting: Objects can be counted or sorted by their shape, appearance, or movement using basic mathematics \
+like addition, subtraction, and comparison.
+- Basic geometry & topology: Objects can be shapes like rectangles, triangles, and circles which can be mirrored, \
+rotated, translated, deformed, combined, repeated, etc. Differences in distances can be detected.
+"""
+
+# Three lines of the original end in a space: written as \x20, for editors strip spaces that close a line.
+_SYSTEM_V0 = f"""\
+You are a helpful AI assistant. Your job is to solve tasks from the Abstraction and Reasoning Challenge (ARC).\x20
+The user will present you with sample input and output grids for each task.\x20
+Your job will be to understand the transformation between the input and the output and apply it to the last input grid \
+given by the user.\x20
+The puzzle-like inputs and outputs present a grid where each square can be one of ten colors. A grid can be any height \
+or width between 1x1 and 30x30.
+The background of the grid is typically colored with 0.
+The tasks from ARC are based on the following priors:
+
+{_PRIORS_V0}
+The transformations between input and output should be based on these priors.
+"""
+
+_INTRO_V0 = """\
+Let's see if you can solve this simple ARC task. These are some input-output grid examples that define the task.
+"""
+
+_INTRO_V1 = """\
+Let's see if you can solve this simple Abstraction and Reasoning Challenge (ARC) task.
+Below there are some input-output grid examples that define the task.
+Your job is to understand the transformation between the input and the output and apply it to the test input grid.
+The transformations are always based on the following priors: objectness, goal-directed, numbers & counting, and basic \
+geometry & topology.
+"""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The fixed text around the grids; `{index}`, `{input}` and `{output}` are the only fields."""
+
+    system: str | None
+    intro: str
+    example: str
+    test: str
+    answer: str
+    """What the assistant writes before its grid."""
+
+    def user(self, task: Task, test: int, encoder: Encoder) -> str:
+        parts = [self.intro]
+        for index, pair in enumerate(task.train, 1):
+            assert pair.output is not None  # Task holds no training pair without one
+            fields = {"input": encoder.encode(pair.input), "output": encoder.encode(pair.output)}
+            parts.append(self.example.format(index=index, **fields))
+        parts.append(self.test.format(input=encoder.encode(task.test[test].input)))
+        return "".join(parts)
+
+
+_EXAMPLE = "\n## Example {index}\n\n### Input\n\n{input}\n\n### Output\n\n{output}\n"
+_TEST = "\n## Test case\n\n### Input\n\n{input}"
+_ANSWER = "### Output\n\n"
+
+DEFAULT_PROMPT = "output-from-examples-v1"
+PROMPTS: dict[str, PromptFormat] = {
+    "output-from-examples-v0": PromptFormat(_SYSTEM_V0, _INTRO_V0, _EXAMPLE, _TEST, _ANSWER),
+    "output-from-examples-v1": PromptFormat("You are a helpful assistant.", _INTRO_V1, _EXAMPLE, _TEST, _ANSWER),
+    "compact": PromptFormat(None, "", "I\n{input}\nO\n{output}\n\n", "I\n{input}", "O\n"),
+}
+
+
+def as_format(form: str | PromptFormat) -> PromptFormat:
+    """A name becomes its format; a format passes through."""
+    if isinstance(form, PromptFormat):
+        return form
+    if form not in PROMPTS:
+        raise InputError(f"prompt format: found {form!r}, expected one of {', '.join(PROMPTS)}")
+    return PROMPTS[form]
+
+
+def chat_messages(
+    task: Task, test: int = 0, encoder: str | Encoder = DEFAULT_ENCODER, form: str | PromptFormat = DEFAULT_PROMPT
+) -> list[dict[str, str]]:
+    """The messages up to the assistant's turn, for any chat template; test inputs are asked one at a time."""
+    form = as_format(form)
+    if not 0 <= test < len(task.test):
+        raise InputError(f"task {task.id}: test={test}, expected 0 to {len(task.test) - 1}")
+    system = [] if form.system is None else [{"role": "system", "content": form.system}]
+    return [*system, {"role": "user", "content": form.user(task, test, as_encoder(encoder))}]
+
+
+def prefill(encoder: str | Encoder = DEFAULT_ENCODER, form: str | PromptFormat = DEFAULT_PROMPT) -> str:
+    """What is already written of the assistant's turn: the heading, and the opening fence where the encoder has one."""
+    return as_format(form).answer + as_encoder(encoder).opening
+
+
+def answer(grid: Grid, encoder: str | Encoder = DEFAULT_ENCODER, form: str | PromptFormat = DEFAULT_PROMPT) -> str:
+    """The whole of a right assistant's turn; it starts with `prefill`."""
+    return as_format(form).answer + as_encoder(encoder).encode(grid)
+
+
+def prompt_text(messages: list[dict[str, str]], begun: str = "", template: Callable[..., str] | None = None) -> str:
+    """The text to complete, by `template(messages, add_generation_prompt=True)` or, without one, the bare contents."""
+    if template is not None:
+        return template(messages, add_generation_prompt=True) + begun
+    return "".join(message["content"].rstrip("\n") + "\n\n" for message in messages) + begun
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One test input of a task, ready to complete."""
+
+    text: str
+    begun: str
+    """The end of `text` that is already part of the answer: `arc.parse` wants it back."""
+    dropped: tuple[int, ...]
+    """Training pairs of the task left out to fit the budget."""
+    length: int | None
+    """In the units of the budget, where one was given."""
+
+
+def build(
+    task: Task,
+    test: int = 0,
+    *,
+    encoder: str | Encoder = DEFAULT_ENCODER,
+    form: str | PromptFormat = DEFAULT_PROMPT,
+    template: Callable[..., str] | None = None,
+    begin: bool = True,
+    count: Callable[[str], int] | None = None,
+    budget: int | None = None,
+) -> Prompt:
+    """The prompt, with fewer training pairs where `count(text)` exceeds `budget`.
+
+    The longest pair goes first, so as many as possible stay; no grid is ever cut, the test input always stays, and a
+    task that does not fit even with one pair is an InputError.
+    """
+    if (count is None) != (budget is None):
+        raise InputError("budget: found only one of count and budget, expected both or none")
+    encoder, form = as_encoder(encoder), as_format(form)
+    begun = prefill(encoder, form) if begin else ""
+    lengths = [len(encoder.encode(pair.input)) + len(encoder.encode(pair.output)) for pair in task.train]  # type: ignore
+    kept = list(range(len(task.train)))
+    while True:
+        part = replace(task, train=tuple(task.train[index] for index in kept))
+        text = prompt_text(chat_messages(part, test, encoder, form), begun, template)
+        length = None if count is None else count(text)
+        if length is None or budget is None or length <= budget:
+            dropped = tuple(index for index in range(len(task.train)) if index not in kept)
+            return Prompt(text, begun, dropped, length)
+        if len(kept) == 1:
+            raise InputError(f"task {task.id}, test {test}: found length {length} with one pair, expected {budget}")
+        kept.remove(max(kept, key=lambda index: (lengths[index], index)))
