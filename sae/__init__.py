@@ -9,4 +9,9 @@ from sae.models import JumpReLU as JumpReLU
 from sae.models import Matryoshka as Matryoshka
 from sae.models import ReLU as ReLU
 from sae.models import TopK as TopK
+from sae.plan import Manifest as Manifest
+from sae.plan import Plan as Plan
 from sae.sparse import SparseCode as SparseCode
+from sae.store import ActivationStore as ActivationStore
+from sae.store import Rows as Rows
+from sae.store import StoreWriter as StoreWriter
