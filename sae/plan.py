@@ -52,12 +52,13 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         found = files.read_json(path)
-        if found.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: format_version: found {found.get('format_version')!r}, expected {FORMAT_VERSION}"
-            )
+        version = found.get("format_version", "nothing")
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format_version: found {version}, expected {FORMAT_VERSION}")
         files.check_fields(path, found, {"format_version": int, **_MANIFEST_FIELDS})
         files.check_fields(path, found["plan"], {"items": int, "items_per_shard": int}, prefix="plan.")
+        if not all(isinstance(site, str) for site in found["sites"]):
+            raise InputError(f"{path}: sites: found {found['sites']!r}, expected strings")
         fields = {name: found[name] for name in _MANIFEST_FIELDS}
         manifest = cls(**fields | {"sites": tuple(found["sites"]), "plan": Plan(**found["plan"])})
         manifest.check(str(path))
@@ -72,8 +73,6 @@ class Manifest:
             "plan.items": (self.plan.items, "0 to 2147483647", 0 <= self.plan.items < 2**31),
             "plan.items_per_shard": (self.plan.items_per_shard, "at least 1", self.plan.items_per_shard > 0),
         }
-        if not all(isinstance(site, str) for site in self.sites):
-            raise InputError(f"{where}: sites: found {self.sites!r}, expected strings")
         for field, (found, expected, holds) in rules.items():
             if not holds:
                 raise InputError(f"{where}: {field}: found {found!r}, expected {expected}")

@@ -142,7 +142,7 @@ class ActivationStore:
         if not (directory / "manifest.json").is_file():
             raise InputError(f"{directory}: found no manifest.json, expected an activation store")
         manifest = Manifest.read(directory / "manifest.json")
-        marks = [path for path in (directory / "shards").glob("*.json") if not path.name.startswith(".")]
+        marks = sorted(path for path in (directory / "shards").glob("*.json") if not path.name.startswith("."))
         shards = sorted((_read_shard(path, manifest) for path in marks), key=lambda shard: shard.index)
         return cls(directory, manifest, tuple(shards), manifest.sites)
 
