@@ -20,8 +20,8 @@ ORDER = {
         "generators", "render", "__init__",
     ],
     "sae": [
-        "errors", "files", "sparse", "models", "losses", "buffer", "plan", "store", "metrics", "train", "synthetic", "torchzip", "foreign",
-        "formats", "report", "__init__",
+        "errors", "files", "sparse", "models", "losses", "buffer", "plan", "store", "metrics", "train", "synthetic",
+        "torchzip", "foreign", "formats", "report", "__init__",
     ],
 }  # fmt: skip
 FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}
