@@ -1,8 +1,8 @@
 """Sparse autoencoders trained on the device, evaluated honestly, opened by everybody's tools."""
 
+from sae.abstract import AbstractSAE as AbstractSAE
 from sae.errors import InputError as InputError
 from sae.models import FORMS as FORMS
-from sae.models import AbstractSAE as AbstractSAE
 from sae.models import BatchTopK as BatchTopK
 from sae.models import Gated as Gated
 from sae.models import JumpReLU as JumpReLU

@@ -20,7 +20,8 @@ ORDER = {
         "generators", "render", "__init__",
     ],
     "sae": [
-        "errors", "files", "sparse", "models", "losses", "buffer", "plan", "store", "metrics", "train", "synthetic",
+        "errors", "files", "sparse", "abstract", "models", "losses", "buffer", "plan", "store", "metrics", "train",
+        "checkpoint", "synthetic",
         "torchzip", "foreign", "formats", "report", "__init__",
     ],
 }  # fmt: skip
