@@ -2,6 +2,9 @@
 
 from sae.abstract import AbstractSAE as AbstractSAE
 from sae.errors import InputError as InputError
+from sae.formats import Loaded as Loaded
+from sae.formats import load as load
+from sae.formats import load_with_metadata as load_with_metadata
 from sae.models import FORMS as FORMS
 from sae.models import BatchTopK as BatchTopK
 from sae.models import Gated as Gated
@@ -11,6 +14,7 @@ from sae.models import ReLU as ReLU
 from sae.models import TopK as TopK
 from sae.plan import Manifest as Manifest
 from sae.plan import Plan as Plan
+from sae.saelens import save as save
 from sae.sparse import SparseCode as SparseCode
 from sae.store import ActivationStore as ActivationStore
 from sae.store import Rows as Rows

@@ -22,7 +22,7 @@ ORDER = {
     "sae": [
         "errors", "files", "sparse", "abstract", "models", "losses", "buffer", "plan", "store", "metrics", "train",
         "checkpoint", "synthetic",
-        "torchzip", "foreign", "formats", "report", "__init__",
+        "torchzip", "foreign", "saelens", "formats", "report", "__init__",
     ],
 }  # fmt: skip
 FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}
