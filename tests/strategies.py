@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import arc
+import sae
 
 # ---------------------------------------------------------------- qwen_eqx
 
@@ -29,3 +30,21 @@ def tasks(max_side: int = 6, max_pairs: int = 3) -> st.SearchStrategy:
 
 
 # ---------------------------------------------------------------- sae
+
+
+@st.composite
+def manifest_fields(draw):
+    """What sae.Manifest takes, for small stores: any dtype, one to three sites, at least one item."""
+    return {
+        "model_id": "m",
+        "revision": draw(st.none() | st.just("main")),
+        "config_digest": "sha256:0",
+        "tokenizer_digest": "sha256:1",
+        "sites": tuple(f"blocks.{layer}.hook_resid_post" for layer in range(draw(st.integers(1, 3)))),
+        "dtype": draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        "d_model": draw(st.integers(1, 5)),
+        "seed": draw(st.integers(0, 9)),
+        "plan": sae.Plan(draw(st.integers(1, 9)), draw(st.integers(1, 10))),
+        "config": {},
+        "versions": {},
+    }
