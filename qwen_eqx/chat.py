@@ -22,11 +22,18 @@ from qwen_eqx.errors import InputError
 MAX_TEMPLATE_CHARS = 1 << 16
 MAX_PIECE = 1 << 22  # the length of one value inside a template
 MAX_WORK = 1 << 26  # characters and items made or touched while rendering once
-ITEM = 64  # what walking over one item costs, in characters
+ITEM = 1 << 9  # what walking over one item costs, in characters
+TURN = 1 << 12  # the least that one turn of a loop or one call costs
 MAX_WIDTH = 1 << 12  # a padding width or an exponent
 MAX_BITS = 1 << 9  # of a whole number
 GROWING = {"replace", "join", "translate", "indent"}  # results as long as the product of their arguments
 PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "wordwrap", "round"}
+# filters that hand their items on; every other one may print what is inside them
+HANDING = {
+    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
+    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
+}  # fmt: skip
+PRINTING = {"format", "format_map", "join"}  # the methods that do
 
 
 class _TooMuch(Exception):
@@ -67,12 +74,14 @@ class _Meter:
             raise _TooMuch(f"a number of more than {MAX_BITS} bits")
         return value
 
-    def before(self, name: str, arguments: Iterable[Any]) -> None:
+    def before(self, name: str, arguments: list[Any], prints: bool) -> None:
         """Refuse a call whose result could outgrow the caps before it can be measured."""
-        arguments = list(arguments)
         product = 1
         for value in arguments:
-            product *= 1 + self.measure(value)
+            if prints or isinstance(value, str):
+                product *= 1 + self.measure(value)
+            elif hasattr(value, "__len__"):
+                product *= 1 + self.charge(len(value))
         if name in GROWING and product > MAX_WORK:
             raise _TooMuch(f"{name}() that could make {product} characters")
         if name in PADDING:
@@ -129,13 +138,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _to_json(self, value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         # Jinja's own filter escapes HTML, which a prompt is not
-        self.meter.before("indent", [value, indent])
+        self.meter.before("indent", [value, indent], prints=True)
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         return self.meter.made(text)
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def metered(*arguments: Any, **named: Any) -> Any:
-            self.meter.before(name, [*arguments, *named.values()])
+            self.meter.before(name, [*arguments, *named.values()], prints=name not in HANDING)
             return self.meter.made(function(*arguments, **named))
 
         metered.__dict__.update(getattr(function, "__dict__", {}))  # where Jinja marks what it passes
@@ -144,7 +153,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
         self.meter.charge(self.loop_charge)
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
-        self.meter.before(getattr(obj, "__name__", ""), [owner, *arguments, *named.values()])
+        name = getattr(obj, "__name__", "")
+        self.meter.before(name, [owner, *arguments, *named.values()], prints=name in PRINTING)
         return self.meter.made(super().call(context, obj, *arguments, **named))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -219,7 +229,7 @@ class ChatTemplate:
         self.source, self.field = source, f"{where}: chat_template"
         self._lock = threading.Lock()
         # every turn of a loop is charged the constant text it could print, so constants need no count of their own
-        self._sandbox = _Sandbox(loop_charge=max(len(source), 1 << 10))
+        self._sandbox = _Sandbox(loop_charge=max(len(source), TURN))
         try:
             self._template = self._sandbox.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -227,7 +237,7 @@ class ChatTemplate:
         except (RecursionError, SyntaxError, MemoryError, ValueError, OverflowError) as error:
             raise InputError(f"{self.field}: found {type(error).__name__}, expected Jinja that compiles") from None
 
-    def render(self, messages: Iterable[Mapping[str, Any]], arguments: Mapping[str, Any]) -> str:
+    def render(self, messages: Any, arguments: Mapping[str, Any]) -> str:
         """The text for a conversation; `arguments` are what the template may also read (special tokens, switches)."""
         chat = _conversation(messages)
         with self._lock:  # the meter counts one rendering at a time

@@ -2,7 +2,7 @@
 
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,8 +77,6 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; special tokens written in it become themselves, and nothing is added around it."""
-        if not isinstance(text, str):
-            raise InputError(f"text: found a {type(text).__name__}, expected a string")
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception and TypeError
@@ -87,18 +85,16 @@ class Tokenizer:
             self._check_nothing_lost(text, encoding)
         return encoding.ids
 
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
+        """The text of a list or array of token ids; bytes that are no UTF-8 become U+FFFD."""
         checked = check_ids(ids, self.vocab_size)
         try:
             return self.backend.decode(checked, skip_special_tokens=skip_special_tokens)
         except Exception as error:
             raise InputError(f"ids: found {error}, expected ids that {self.where} decodes") from None
 
-    def render_chat(
-        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
-    ) -> str:
-        """The text of a conversation by the model's own chat template."""
+    def render_chat(self, messages: Any, add_generation_prompt: bool = False, **arguments: Any) -> str:
+        """The text of a conversation, a list of {role, content}, by the model's own chat template."""
         if self._template is None:
             raise InputError(
                 f"{self.where}: chat_template: found none in {SETTINGS} and no {TEMPLATE}, "
@@ -107,9 +103,7 @@ class Tokenizer:
         named = {**self.special_tokens, "tools": None, "documents": None, **arguments}
         return self._template.render(messages, named | {"add_generation_prompt": add_generation_prompt})
 
-    def apply_chat_template(
-        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
-    ) -> list[int]:
+    def apply_chat_template(self, messages: Any, add_generation_prompt: bool = False, **arguments: Any) -> list[int]:
         """The token ids of a conversation; with `add_generation_prompt` it ends where the assistant begins."""
         return self.encode(self.render_chat(messages, add_generation_prompt, **arguments))
 
@@ -169,8 +163,8 @@ class Tokenizer:
             )
 
 
-def check_ids(ids: Iterable[int], vocab_size: int, *, name: str = "ids") -> list[int]:
-    """Token ids as Python ints, refusing what is no id of the vocabulary."""
+def check_ids(ids: Any, vocab_size: int, *, name: str = "ids") -> list[int]:
+    """A list or array of token ids as Python ints, refusing what is no id of the vocabulary."""
     try:
         checked = [operator.index(item) for item in (np.asarray(ids) if hasattr(ids, "__array__") else ids)]  # pyright: ignore
     except TypeError as error:
@@ -274,7 +268,7 @@ def _chat_template(settings: dict[str, Any], directory: Path, in_file: bool) -> 
 
 
 def _surrogate(text: str) -> str:
-    lone = next((at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+    lone = next((at for at, char in enumerate(str(text)) if "\ud800" <= char <= "\udfff"), None)
     return "" if lone is None else f"the lone surrogate {text[lone]!r} at {lone}"
 
 
