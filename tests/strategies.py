@@ -5,9 +5,30 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import arc
+import qwen_eqx
 import sae
 
 # ---------------------------------------------------------------- qwen_eqx
+
+
+@st.composite
+def configs(draw) -> qwen_eqx.QwenConfig:
+    """Small decoders of both families: any group size, any head width, tied or not."""
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (1, 7)]))
+    return qwen_eqx.QwenConfig(
+        model_type=draw(st.sampled_from(["qwen2", "qwen3"])),
+        vocab=draw(st.integers(2, 40)),
+        d_model=draw(st.integers(1, 24)),
+        layers=draw(st.integers(1, 3)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        d_head=2 * draw(st.integers(1, 6)),
+        d_ff=draw(st.integers(1, 24)),
+        max_seq=64,
+        rope_theta=draw(st.sampled_from([100.0, 10_000.0, 1_000_000.0])),
+        tied=draw(st.booleans()),
+    )
+
 
 # ---------------------------------------------------------------- arc
 
