@@ -177,6 +177,7 @@ def outcome(
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     parsed = arc.parse.parse(text, config.encoder, item.prompt.begun)
     truth = item.task.test[item.test].output
+    right = truth is not None and parsed.grid is not None and np.array_equal(parsed.grid, truth)
     return {
         "task": item.task.id,
         "test": item.test,
@@ -185,8 +186,7 @@ def outcome(
         "tokens": len(tokens),
         "log_prob": round(float(out.log_probs[row].sum()), 6),
         "text": text,
-        "outcome": parsed.reason
-        or ("correct" if truth is not None and np.array_equal(parsed.grid, truth) else "wrong"),
+        "outcome": parsed.reason or ("correct" if right else "wrong"),
     }
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import qwen_eqx
 from arc.encode import ARC24_SYMBOLS, DEFAULT_ENCODER
 from arc.grid import as_grid
 from arc.prompt import PROMPTS, answer, chat_messages
 from arc.task import Pair, Task
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-import qwen_eqx
 
 OUT = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
 SEED = 2
