@@ -62,8 +62,11 @@ def load_model(directory: str | Path, *, dtype: Any = jnp.bfloat16) -> Qwen:
         raise InputError(f"dtype: found {wanted}, expected one of {', '.join(DTYPES)}")
     model = skeleton(QwenConfig.from_file(directory / CONFIG), jnp.dtype(wanted))
     table = name_table(model)
-    headers, problems = _read_headers(directory)
-    problems += _compare(headers, table, model)
+    headers, broken, problems = _read_headers(directory)
+    # a file that does not open is one problem, not one for each tensor it should have held
+    absent = [] if broken else [name for name in table if name not in headers]
+    problems += [f"{name}: missing, expected shape {_at(model, table[name]).shape}" for name in absent]
+    problems = broken + problems + _compare(headers, table, model)
     _raise_all(directory, problems)
     loaded = _load(directory, headers, table, model, jnp.dtype(wanted))
     return eqx.tree_at(lambda tree: [_at(tree, table[name]) for name in loaded], model, list(loaded.values()))
@@ -136,14 +139,15 @@ def _dtype_name(dtype: Any) -> str:
 _Header = tuple[str, str, tuple[int, ...]]  # file, stored dtype, shape
 
 
-def _read_headers(directory: Path) -> tuple[dict[str, _Header], list[str]]:
-    """What the weight files say they hold, without reading the data; and what is wrong with the files."""
+def _read_headers(directory: Path) -> tuple[dict[str, _Header], list[str], list[str]]:
+    """What the weight files say they hold, without reading the data; which do not open; what the index says wrongly."""
     headers: dict[str, _Header] = {}
+    broken: list[str] = []
     problems: list[str] = []
     for file, promised in weight_files(directory).items():
         path = directory / file
         if (wrong := _unreadable(path)) is not None:
-            problems.append(f"{file}: {wrong}")
+            broken.append(f"{file}: {wrong}")
             continue
         with safetensors.safe_open(path, framework="np") as tensors:
             names = set(tensors.keys())
@@ -155,7 +159,7 @@ def _read_headers(directory: Path) -> tuple[dict[str, _Header], list[str]]:
             problems += [
                 f"{file}: {name}: found a tensor that {INDEX} does not list" for name in sorted(names - promised)
             ]
-    return headers, problems
+    return headers, broken, problems
 
 
 def _unreadable(path: Path) -> str | None:
@@ -172,9 +176,7 @@ def _unreadable(path: Path) -> str | None:
 
 
 def _compare(headers: dict[str, _Header], table: dict[str, str], model: Qwen) -> list[str]:
-    problems = [
-        f"{name}: missing, expected shape {_at(model, table[name]).shape}" for name in table if name not in headers
-    ]
+    problems = []
     for name, (file, stored, shape) in headers.items():
         if stored not in _STORED:
             problems.append(f"{file}: {name}: found dtype {stored}, expected one of {', '.join(sorted(_STORED))}")
@@ -196,7 +198,8 @@ def _load(
     for file in dict.fromkeys(file for file, _, _ in headers.values()):
         with safetensors.safe_open(directory / file, framework="np") as tensors:
             for name in (name for name, header in headers.items() if header[0] == file and name in table):
-                array = tensors.get_tensor(name).astype(dtype, copy=False)
+                with np.errstate(over="ignore"):  # too large for float16 becomes infinite, which is reported below
+                    array = tensors.get_tensor(name).astype(dtype, copy=False)
                 if bad := _not_finite(array):
                     problems.append(f"{file}: {name}: found {bad} values that are NaN or infinite in {dtype.name}")
                 loaded[name] = jnp.asarray(array)

@@ -29,11 +29,11 @@ def locate(name_or_dir: str | Path, revision: str | None = None) -> Path:
     """The directory of an embedded name, a local directory or a hub id, tried in that order."""
     name = str(name_or_dir)
     local = EMBEDDED / name if name in embedded_models() else Path(name).expanduser()
-    if local.is_dir():
+    if name and local.is_dir():
         if revision is not None:
             raise InputError(f"revision: found {revision!r} for {name!r}, expected none: only a hub id has revisions")
         return local
-    if local.exists():
+    if name and local.exists():
         raise InputError(f"model: found {name!r}, which is a file, expected the directory it lies in")
     if isinstance(name_or_dir, Path) or not _HUB_ID.fullmatch(name):
         names = ", ".join(embedded_models())
