@@ -259,7 +259,7 @@ INDEX_CASES = {
     "other-suffix": (swap("pytorch_model.bin"), "found 'pytorch_model.bin', expected the plain name"),
     "number-for-name": (swap(3), "found 3, expected the plain name"),  # type: ignore[arg-type]
     "missing-shard": (remove(shard(2)), "model: model-00002-of-00003.safetensors: found no such file"),
-    "truncated-shard": (truncate(shard(2), 5000), "model: model-00002-of-00003.safetensors: found 5000 bytes that do not open"),
+    "truncated-shard": (truncate(shard(2), 5000), "model: model-00002-of-00003.safetensors: found 5000 bytes"),
     "lfs-shard": (write(shard(3), POINTER), "model: model-00003-of-00003.safetensors: found a Git LFS pointer"),
     "wrong-shard": (swap(shard(1)), f"model-00001-of-00003.safetensors: {UP}: missing, expected by {INDEX}"),
 }  # fmt: skip
