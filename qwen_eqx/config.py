@@ -153,7 +153,10 @@ def _field(fields: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{where}: {name}: found {value!r} ({type(value).__name__}), expected a {kind.__name__}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:  # JSON integers have no end
+        raise InputError(f"{where}: {name}: found an integer of {value.bit_length()} bits, expected a float") from None
 
 
 def _rope_theta(fields: Mapping[str, Any], where: str) -> float:

@@ -37,7 +37,7 @@ class Site:
     kind: str
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.{KINDS[self.kind][0]}"
+        return f"blocks.{self.layer}.{KINDS[self.kind][0] if self.kind in KINDS else self.kind}"
 
     @classmethod
     def parse(cls, name: "str | Site", config: QwenConfig) -> "Site":
