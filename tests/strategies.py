@@ -12,13 +12,13 @@ import sae
 
 
 @st.composite
-def configs(draw) -> qwen_eqx.QwenConfig:
+def configs(draw, min_d_model: int = 1) -> qwen_eqx.QwenConfig:
     """Small decoders of both families: any group size, any head width, tied or not."""
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (1, 7)]))
     return qwen_eqx.QwenConfig(
         model_type=draw(st.sampled_from(["qwen2", "qwen3"])),
         vocab=draw(st.integers(2, 40)),
-        d_model=draw(st.integers(1, 24)),
+        d_model=draw(st.integers(min_d_model, 24)),
         layers=draw(st.integers(1, 3)),
         heads=kv_heads * group,
         kv_heads=kv_heads,
@@ -28,6 +28,15 @@ def configs(draw) -> qwen_eqx.QwenConfig:
         rope_theta=draw(st.sampled_from([100.0, 10_000.0, 1_000_000.0])),
         tied=draw(st.booleans()),
     )
+
+
+def token_ids(vocab: int, min_size: int = 1, max_size: int = 16) -> st.SearchStrategy:
+    return st.lists(st.integers(0, vocab - 1), min_size=min_size, max_size=max_size)
+
+
+def prompts(vocab: int, rows: int, max_size: int = 16) -> st.SearchStrategy:
+    """That many prompts of any lengths: with `max_size` 16 they all share the first bucket."""
+    return st.lists(token_ids(vocab, 1, max_size), min_size=rows, max_size=rows)
 
 
 # ---------------------------------------------------------------- arc
