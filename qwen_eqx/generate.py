@@ -139,6 +139,9 @@ def prepare(
     numbers = range(len(rows)) if items is None else items
     if len(numbers) != len(rows):
         raise InputError(f"items: found {len(numbers)} numbers, expected one for each of the {len(rows)} prompts")
+    for number in numbers:
+        if not 0 <= number < 2**32:
+            raise InputError(f"items: found {number}, expected numbers from 0 to 2^32 - 1")
     inputs = {
         "tokens": jnp.asarray(pad_left(rows, width, settings.pad_token)),
         "lengths": jnp.asarray([len(row) for row in rows], jnp.int32),
