@@ -86,7 +86,7 @@ class Tokenizer:
         return encoding.ids
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
-        """The text of a list or array of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of a list or array of token ids; bytes that are no UTF-8 become U+FFFD, and no space is cleaned up."""
         checked = check_ids(ids, self.vocab_size)
         try:
             return self.backend.decode(checked, skip_special_tokens=skip_special_tokens)

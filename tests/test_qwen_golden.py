@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tolerances
 
 import qwen_eqx
+import tolerances
 from qwen_eqx.hf import load_model
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen_eqx
+import strategies
 from qwen_eqx import PRESETS, InputError, Qwen, QwenConfig
 from qwen_eqx.hf import DTYPES, load_model, name_table, save_pretrained, skeleton
 from qwen_eqx.hub import EMBEDDED, embedded_models
