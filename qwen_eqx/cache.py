@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen_eqx.config import QwenConfig
+from qwen_eqx.moves import write_slice
 
 
 class LayerCache(eqx.Module):
@@ -17,12 +18,7 @@ class LayerCache(eqx.Module):
 
     def write(self, new: "LayerCache", slot: Int[Array, ""]) -> "LayerCache":
         """Puts `new`'s positions at `slot` and after, one slice update for all rows; they must fit without wrapping."""
-        zero = jnp.zeros((), slot.dtype)
-        return jax.tree.map(
-            lambda old, part: jax.lax.dynamic_update_slice(old, part.astype(old.dtype), (zero, zero, slot, zero)),
-            self,
-            new,
-        )
+        return jax.tree.map(lambda old, part: write_slice(old, part, slot, axis=2), self, new)
 
 
 class KVCache(eqx.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 from qwen_eqx.cache import KVCache
 from qwen_eqx.edits import AbstractEdit, EditTap
 from qwen_eqx.model import Qwen
+from qwen_eqx.moves import read_slice, while_in_place, write_slice
 from qwen_eqx.sample import AbstractSampler, needs_seen
 from qwen_eqx.sites import Recorder, Site
 
@@ -109,11 +110,9 @@ class Generator(eqx.Module):
 
     def loop(self, model: Qwen, state: GenerationState) -> GenerationState:
         """Steps until every row is done, looking every `stride` steps."""
-
-        def stride(state: GenerationState) -> GenerationState:
-            return jax.lax.fori_loop(0, self.settings.stride, lambda _, s: self.step(model, s), state)
-
-        return jax.lax.while_loop(lambda s: ~s.done.all(), stride, state)
+        return while_in_place(
+            lambda s: ~s.done.all(), lambda s: self.step(model, s), state, stride=self.settings.stride
+        )
 
     def choose(
         self,
@@ -206,7 +205,7 @@ class Generator(eqx.Module):
             part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
             x, cache, values = self._forward(model, part, cache, lengths)
             if kept is not None and values is not None:
-                kept = jax.lax.dynamic_update_slice_in_dim(kept, values, i * chunk, axis=2)
+                kept = write_slice(kept, values, i * chunk, axis=2)
             return cache, x[:, -1], None if values is None else values[:, :, -1:], kept
 
         x = jnp.zeros((prompts, model.config.d_model), model.dtype)
@@ -233,8 +232,8 @@ def _write_column(
 ) -> Float[Array, "..."] | Int[Array, "..."]:
     """Puts `value` in column `at` of the rows that are live, in place: one slice update for the batch."""
     axis = 1 if buffer.ndim == 2 else 2
-    old = jax.lax.dynamic_slice_in_dim(buffer, at, 1, axis=axis)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(live, value.astype(buffer.dtype), old), at, axis=axis)
+    old = read_slice(buffer, at, 1, axis=axis)
+    return write_slice(buffer, jnp.where(live, value.astype(buffer.dtype), old), at, axis=axis)
 
 
 def _repeat(tree, copies: int, *, axis: int):

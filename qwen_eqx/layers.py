@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
+from qwen_eqx.moves import take_rows
+
 _FAST_ROWS = (
     8  # from 8 rows on, XLA:CPU sends a bf16 product to a blocked kernel: 8 to 10 times faster than its own loop
 )
@@ -85,7 +87,7 @@ class Embedding(eqx.Module):
         return cls(normal_weight(key, (vocab, d_model), dtype))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        return self.table[tokens]
+        return take_rows(self.table, tokens)
 
 
 class SwiGLU(eqx.Module):
