@@ -73,7 +73,7 @@ def read_saelens(directory: Path) -> Description:
     if architecture not in _FORM_OF:
         raise InputError(f"{path}: architecture: found {architecture!r}, expected one of {', '.join(sorted(_FORM_OF))}")
     weights = directory / WEIGHTS
-    if config.get("weights_digest", "none") not in {"none", files.digest(weights.read_bytes())}:
+    if config.get("weights_digest", "none") not in {"none", files.digest_file(weights)}:
         raise InputError(f"{weights}: digest: found other bytes than were saved, expected those of {CONFIG}")
     tensors = _known_tensors(weights)
     form, rescaled = _FORM_OF[architecture], config.get("rescale_acts_by_decoder_norm", False)
