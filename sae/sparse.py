@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 _UNROLL = 32  # gathers fused into one loop; more only lengthens compilation
 _BUCKET = 8  # pairs of one latent summed at once by add_rows
@@ -34,10 +34,28 @@ def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*batch d_sae"]:
     return dense.reshape(*code.values.shape[:-1], d_sae)
 
 
+def keep_largest(values: Float[Array, "batch slots"], count: Int[Array, ""]) -> Bool[Array, "batch slots"]:
+    """Where the `count` largest of all these non-negative values stand; ties go to the earlier place.
+
+    Non-negative floats are ordered as their bits are, so 31 counts find the last value that is kept, bit by bit.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+
+    def refine(n, least):
+        higher = least | (jnp.int32(1) << (30 - n))
+        return jnp.where(jnp.sum((bits >= higher).astype(jnp.int32)) >= count, higher, least)
+
+    least = lax.fori_loop(0, 31, refine, jnp.int32(0))
+    above, tied = bits > least, bits == least
+    room = count - jnp.sum(above.astype(jnp.int32))
+    earlier = jnp.cumsum(tied.reshape(-1).astype(jnp.int32)).reshape(tied.shape)
+    return above | (tied & (earlier <= room))
+
+
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:
     """The batch·k largest pre-activations of the batch where positive, zero elsewhere; ties go to the lower index."""
-    values, places = lax.top_k(pre.reshape(-1), pre.shape[0] * k)
-    return jnp.zeros(pre.size, pre.dtype).at[places].set(jax.nn.relu(values)).reshape(pre.shape)
+    positive = jax.nn.relu(pre)
+    return jnp.where(keep_largest(positive, jnp.int32(pre.shape[0] * k)), positive, 0.0)
 
 
 def top_k(values: Float[Array, "batch d_sae"], k: int) -> Int[Array, "batch k"]:
