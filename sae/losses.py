@@ -1,10 +1,10 @@
 """Losses as pure functions: each with its formula, its source, and a test against a plain NumPy statement of it."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-
-from sae.sparse import SparseCode, weighted_rows
 
 
 def squared_error(x: Float[Array, "batch d_out"], x_hat: Float[Array, "batch d_out"]) -> Float[Array, ""]:
@@ -89,20 +89,17 @@ def gate_auxiliary(
 
 
 def prefixes(
-    x: Float[Array, "batch d_out"],
-    code: SparseCode,
-    decoder: Float[Array, "d_sae d_out"],
-    b_dec: Float[Array, " d_out"],
-    widths: tuple[int, ...],
+    x: Float[Array, "batch d_out"], parts: Sequence[Float[Array, "batch d_out"]], b_dec: Float[Array, " d_out"]
 ) -> tuple[Float[Array, ""], Float[Array, "batch d_out"]]:
-    """Mean over widths m of mean_b ‖x − x̂_m‖², x̂_m from the first m latents; and the last x̂ (Bussmann 2025, §3)."""
-    x_hat = jnp.broadcast_to(b_dec[None], (x.shape[0], b_dec.shape[0]))
-    loss, start = jnp.float32(0), 0
-    for width in widths:
-        inside = (code.indices >= start) & (code.indices < width)
-        x_hat = x_hat + weighted_rows(code.indices, jnp.where(inside, code.values, 0.0), decoder)
-        loss, start = loss + squared_error(x, x_hat), width
-    return loss / len(widths), x_hat
+    """mean_m mean_b ‖x − x̂_m‖² with x̂_m = b_dec + Σ_{i≤m} parts_i, and the last x̂ (Bussmann et al. 2025, §3).
+
+    parts_i is what the latents between the (i−1)th width and the ith write.
+    """
+    x_hat, loss = jnp.broadcast_to(b_dec[None], x.shape), jnp.float32(0)
+    for part in parts:
+        x_hat = x_hat + part
+        loss = loss + squared_error(x, x_hat)
+    return loss / len(parts), x_hat
 
 
 def auxk(

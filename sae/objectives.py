@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from sae import losses
 from sae.abstract import AbstractSAE
 from sae.models import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from sae.sparse import SparseCode, choose, keep_largest, row_dots, to_dense, weighted_rows
+from sae.sparse import SparseCode, choose, keep_largest, pair_dots, pair_rows, row_dots, to_dense, weighted_rows
 
 
 class Hyper(eqx.Module):
@@ -35,11 +35,12 @@ class Outcome(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Latents chosen for a batch by a product that takes no gradient."""
+    """The pairs (sample, latent) a batch keeps, chosen by a product that takes no gradient."""
 
-    indices: Int[Array, "batch slots"]
-    kept: Bool[Array, "batch slots"]
-    overflow: Bool[Array, ""]  # a sample may have needed more slots than there are
+    rows: Int[Array, " pairs"]
+    columns: Int[Array, " pairs"]
+    kept: Bool[Array, " pairs"]
+    overflow: Bool[Array, ""]  # a sample may have needed more candidates than there were
 
 
 TOP_K_FORMS = (TopK, BatchTopK, Matryoshka)
@@ -47,30 +48,55 @@ TOP_K_FORMS = (TopK, BatchTopK, Matryoshka)
 
 def select(module: AbstractSAE, x: Float[Array, "batch d_model"], hyper: Hyper, dtype, slots: int) -> Selection:
     """Which latents each sample keeps: `slots` candidates by one dense product in `dtype`, then the k of the rule."""
-    centred = module.centre(x)
-    indices = choose(centred.astype(dtype), module.encoder.astype(dtype), module.b_enc, slots)
+    indices, pre = choose(module.centre(x).astype(dtype), module.encoder.astype(dtype), module.b_enc, slots)
+    batch = x.shape[0]
     if isinstance(module, TopK):
         kept = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.float32)[None] < hyper.k, indices.shape)
-        return Selection(indices, kept, jnp.array(False))
-    values = jax.nn.relu(row_dots(indices, centred, module.encoder) + module.b_enc[indices])
-    kept = keep_largest(values, jnp.round(x.shape[0] * hyper.k).astype(jnp.int32))
-    return Selection(indices, kept, jnp.any(kept[:, -1]) if slots < module.d_sae else jnp.array(False))
+        rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), slots)
+        return Selection(rows, indices.reshape(-1), kept.reshape(-1), jnp.array(False))
+    kept = keep_largest(jax.nn.relu(pre), jnp.round(batch * hyper.k).astype(jnp.int32))
+    overflow = jnp.any(kept[:, -1] & (pre[:, -1] > 0)) if slots < module.d_sae else jnp.array(False)
+    pairs = min(
+        batch * getattr(module, "k", slots), indices.size
+    )  # a batch keeps no more, so the sparse products run over no more
+    places = jnp.nonzero(kept.reshape(-1), size=pairs, fill_value=indices.size)[0].astype(jnp.int32)
+    inside = places < indices.size
+    places = jnp.minimum(places, indices.size - 1)
+    return Selection(places // slots, indices.reshape(-1)[places], inside, overflow)
 
 
 def sparse_objective(
     module: AbstractSAE, x: Float[Array, "batch d_model"], y: Float[Array, "batch d_out"], chosen: Selection
 ) -> tuple[Float[Array, ""], tuple[Outcome, Float[Array, "batch d_out"]]]:
     """Reconstruction from the chosen latents, their values and gradients by rows alone."""
-    pre = row_dots(chosen.indices, module.centre(x), module.encoder) + module.b_enc[chosen.indices]
-    code = SparseCode(chosen.indices, jnp.where(chosen.kept, jax.nn.relu(pre), 0.0))
+    rows, columns, batch = chosen.rows, chosen.columns, x.shape[0]
+    equal = isinstance(module, TopK)
+    # the gradient to b_dec through the encoder is Σ_j bias_bar_j · encoder_j: a vector, not a sparse product
+    centred, bias = lax.stop_gradient(module.centre(x)), module.b_enc
+    if module.apply_b_dec_to_input:
+        moved = module.b_dec - lax.stop_gradient(module.b_dec)
+        bias = bias - jnp.einsum("sd,d->s", lax.stop_gradient(module.encoder), moved)
+    dots = row_dots(columns.reshape(batch, -1), centred, module.encoder).reshape(-1) if equal else None
+    dots = pair_dots(rows, columns, centred, module.encoder) if dots is None else dots
+    values = jnp.where(chosen.kept, jax.nn.relu(dots + bias[columns]), 0.0)
+
+    def decode(values):
+        if equal:
+            shape = (batch, -1)
+            return weighted_rows(columns.reshape(shape), values.reshape(shape), module.decoder)
+        return pair_rows(rows, columns, values, module.decoder, batch)
+
     if isinstance(module, Matryoshka):
-        loss, y_hat = losses.prefixes(y, code, module.decoder, module.b_dec, module.widths)
+        parts, start = [], 0
+        for width in module.widths:
+            parts.append(decode(jnp.where((columns >= start) & (columns < width), values, 0.0)))
+            start = width
+        loss, y_hat = losses.prefixes(y, parts, module.b_dec)
     else:
-        y_hat = weighted_rows(code.indices, code.values, module.decoder) + module.b_dec[None]
+        y_hat = decode(values) + module.b_dec[None]
         loss = losses.squared_error(y, y_hat)
-    fires = code.values > 0
-    fired = jnp.zeros(module.d_sae, jnp.int32).at[code.indices].add(fires.astype(jnp.int32))
-    return loss, (_outcome(loss, y, y_hat, fired, code.values), y - y_hat)
+    fired = jnp.zeros(module.d_sae, jnp.int32).at[columns].add((values > 0).astype(jnp.int32))
+    return loss, (_outcome(loss, y, y_hat, fired, values), y - y_hat)
 
 
 def dense_objective(
@@ -99,7 +125,9 @@ def dense_objective(
         kept = keep_largest(jax.nn.relu(pre), jnp.round(x.shape[0] * hyper.k).astype(jnp.int32))
         z = jnp.where(kept, jax.nn.relu(pre), 0.0)
     if isinstance(module, Matryoshka):
-        loss, y_hat = _dense_prefixes(module, y, z)
+        starts = (0, *module.widths[:-1])
+        parts = [z[:, a:b] @ module.decoder[a:b] for a, b in zip(starts, module.widths, strict=True)]
+        loss, y_hat = losses.prefixes(y, parts, module.b_dec)
     else:
         y_hat = product(z, module.decoder.T, dtype) + module.b_dec[None]
         loss = losses.squared_error(y, y_hat)
@@ -142,15 +170,6 @@ def _rounded_product(dtype):
 
     rounded.defvjp(lambda x, w: (rounded(x, w), (x, w)), backward)
     return rounded
-
-
-def _dense_prefixes(module: Matryoshka, y: Array, z: Array) -> tuple[Array, Array]:
-    y_hat = jnp.broadcast_to(module.b_dec[None], y.shape)
-    loss, start = jnp.float32(0), 0
-    for width in module.widths:
-        y_hat = y_hat + z[:, start:width] @ module.decoder[start:width]
-        loss, start = loss + losses.squared_error(y, y_hat), width
-    return loss / len(module.widths), y_hat
 
 
 def _outcome(loss: Array, y: Array, y_hat: Array, fired: Array, values: Array) -> Outcome:
