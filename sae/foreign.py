@@ -88,8 +88,8 @@ def _checked_k(where: Path, k: Any, d_sae: int) -> int:
 
 
 def _checked_widths(where: Path, widths: Any, d_sae: int) -> tuple[int, ...]:
-    given = list(widths) if isinstance(widths, list | tuple) else [None]
-    if not all(isinstance(width, int) for width in given) or given != sorted({*given, d_sae}) or given[0] < 1:
+    given = [width for width in widths if type(width) is int] if isinstance(widths, list | tuple) else []
+    if not given or len(given) != len(widths) or given != sorted({*given, d_sae}) or given[0] < 1:
         raise InputError(f"{where}: widths: found {widths!r}, expected rising sizes that end at d_sae={d_sae}")
     return tuple(given)
 

@@ -100,6 +100,14 @@ def test_a_fractional_k_of_saelens_is_a_jumprelu(tmp_path):
     assert type(sae.load(tmp_path / "b")) is sae.JumpReLU
 
 
+@pytest.mark.parametrize("widths", [[4, "x"], [8, 4], [True], [0, 4], [4, 32], "ab", None], ids=str)
+def test_widths_that_are_none_are_refused(tmp_path, widths):
+    shutil.copytree(FIXTURES / "matryoshka_checkpoint", tmp_path / "m")
+    edit(tmp_path / "m", matryoshka_widths=widths)
+    with pytest.raises(sae.InputError, match="widths: found"):
+        sae.load(tmp_path / "m")
+
+
 def test_a_directory_of_before_version_6_loads(tmp_path):
     shutil.copytree(FIXTURES / "topk", tmp_path / "old")
     legacy = {
