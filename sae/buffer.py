@@ -4,8 +4,8 @@ buffer = ShuffleBuffer.init(capacity=65536, d_model=896, key=key)
 buffer = buffer.add(rows, keep=not_a_sink(rows))     # rows in the order they were made
 buffer, batches = buffer.draw(steps=8, batch=4096)   # `steps batch d_model`, for train.run
 
-The rows of [0, size) are live. `draw` takes the tail of a fresh permutation and closes the gap, so every row is drawn at
-most once and the buffer is a state like any other: saved in a checkpoint, it continues bit for bit.
+The rows of [0, size) are live. `draw` takes a random part of them and closes the gaps, so every row is drawn at most
+once, and the buffer is a state like any other: saved in a checkpoint, it continues bit for bit.
 """
 
 import equinox as eqx
@@ -75,11 +75,10 @@ def not_a_sink(rows: Float[Array, "rows d_model"], times: float = 10.0) -> Bool[
 
 
 def mixing(source: Int32[Array, "steps batch"]) -> Float[Array, ""]:
-    """1 − Σ_a p_a² over the shares p_a of sources in a batch, mean over batches, relative to all draws together.
+    """P(two rows of a batch differ in source) / P(two of all the rows drawn do), mean over batches.
 
     1 is a perfect mixture, 0 is batches of one source each.
     """
-    # probability that two distinct rows have different sources, counted by sorting: no size depends on the sources
     within = jnp.mean(jax.vmap(_differ)(source))
     overall = _differ(source.reshape(-1))
     return jnp.where(overall > 0, within / jnp.where(overall > 0, overall, 1.0), 1.0)
