@@ -1,5 +1,6 @@
 """Sparse autoencoders trained on the device, evaluated honestly, opened by everybody's tools."""
 
+from sae import report as report
 from sae.abstract import AbstractSAE as AbstractSAE
 from sae.errors import InputError as InputError
 from sae.formats import Loaded as Loaded
@@ -19,3 +20,5 @@ from sae.sparse import SparseCode as SparseCode
 from sae.store import ActivationStore as ActivationStore
 from sae.store import Rows as Rows
 from sae.store import StoreWriter as StoreWriter
+from sae.survey import Survey as Survey
+from sae.survey import promoted_tokens as promoted_tokens

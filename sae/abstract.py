@@ -48,12 +48,14 @@ class AbstractSAE(eqx.Module):
         """SAELens' decoder matrix."""
         return self.decoder
 
-    def preactivations(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_sae"]:
-        """(x − b_dec) · encoderᵀ + b_enc in float32; x · encoderᵀ + b_enc without `apply_b_dec_to_input`."""
+    def centre(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        """What the encoder reads: x − b_dec in float32, or x without `apply_b_dec_to_input`."""
         x = x.astype(jnp.float32)  # activations arrive in the model's dtype, parameters are float32
-        if self.apply_b_dec_to_input:
-            x = add_bias(x, -self.b_dec)
-        return add_bias(jnp.einsum("...d,sd->...s", x, self.encoder), self.b_enc)
+        return add_bias(x, -self.b_dec) if self.apply_b_dec_to_input else x
+
+    def preactivations(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_sae"]:
+        """π = centre(x) · encoderᵀ + b_enc, float32."""
+        return add_bias(jnp.einsum("...d,sd->...s", self.centre(x), self.encoder), self.b_enc)
 
     @abstractmethod
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:

@@ -30,6 +30,12 @@ def digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+def digest_file(path: Path) -> str:
+    """As `digest`, of a file that need not fit in memory."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_temporary(path: Path) -> bool:
     """Whether `commit` made this file and was killed before its rename."""
     return path.name.startswith(".") and path.name.endswith(".tmp")

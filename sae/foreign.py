@@ -34,8 +34,8 @@ class Description:
     form: str  # a key of FORMS
     tensors: Mapping[str, np.ndarray]  # SAELens' names and orientation
     apply_b_dec_to_input: bool
-    k: int | None = None
-    widths: tuple[int, ...] | None = None
+    k: Any = None  # k and widths as found: build checks them
+    widths: Any = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -81,16 +81,16 @@ def _shape_problems(tensors: Mapping[str, np.ndarray], scalar_threshold: bool) -
     ]
 
 
-def _checked_k(where: Path, k: int | None, d_sae: int) -> int:
+def _checked_k(where: Path, k: Any, d_sae: int) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
-        raise InputError(f"{where}: k: found {k}, expected a whole number from 1 to d_sae={d_sae}")
+        raise InputError(f"{where}: k: found {k!r}, expected a whole number from 1 to d_sae={d_sae}")
     return k
 
 
-def _checked_widths(where: Path, widths: tuple[int, ...] | None, d_sae: int) -> tuple[int, ...]:
-    given = list(widths or ())
-    if not given or given != sorted(set(given)) or given[0] < 1 or given[-1] != d_sae:
-        raise InputError(f"{where}: widths: found {widths}, expected rising sizes that end at d_sae={d_sae}")
+def _checked_widths(where: Path, widths: Any, d_sae: int) -> tuple[int, ...]:
+    given = [width for width in widths if type(width) is int] if isinstance(widths, list | tuple) else []
+    if not given or len(given) != len(widths) or given != sorted({*given, d_sae}) or given[0] < 1:
+        raise InputError(f"{where}: widths: found {widths!r}, expected rising sizes that end at d_sae={d_sae}")
     return tuple(given)
 
 

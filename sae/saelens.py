@@ -73,7 +73,7 @@ def read_saelens(directory: Path) -> Description:
     if architecture not in _FORM_OF:
         raise InputError(f"{path}: architecture: found {architecture!r}, expected one of {', '.join(sorted(_FORM_OF))}")
     weights = directory / WEIGHTS
-    if config.get("weights_digest", "none") not in {"none", files.digest(weights.read_bytes())}:
+    if config.get("weights_digest", "none") not in {"none", files.digest_file(weights)}:
         raise InputError(f"{weights}: digest: found other bytes than were saved, expected those of {CONFIG}")
     tensors = _known_tensors(weights)
     form, rescaled = _FORM_OF[architecture], config.get("rescale_acts_by_decoder_norm", False)
@@ -88,10 +88,10 @@ def read_saelens(directory: Path) -> Description:
     if form == "jumprelu":
         form, tensors, k, widths = _as_trained(form, tensors, metadata)
     d_sae = config.get("d_sae", 0)
-    if form == "matryoshka" and widths and widths[-1] != d_sae:
+    if form == "matryoshka" and isinstance(widths, list) and widths[-1:] != [d_sae]:
         widths = [*widths, d_sae]  # SAELens trains on the whole too, whether or not it is listed
     subtracts = bool(config.get("apply_b_dec_to_input", True))
-    return Description(form, tensors, subtracts, _whole(k), tuple(widths or ()), metadata)
+    return Description(form, tensors, subtracts, k if _whole(k) is None else _whole(k), widths, metadata)
 
 
 def _as_trained(form: str, tensors: dict[str, np.ndarray], metadata: dict[str, Any]):

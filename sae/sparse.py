@@ -1,16 +1,19 @@
-"""Sparse codes: k (index, value) pairs per sample, and the products that touch only the rows they name.
+"""Sparse codes: (index, value) pairs per sample, and the products that touch only the rows they name.
 
-Three products share one pattern of indices: `weighted_rows` decodes, `row_dots` encodes the chosen latents, and
-`add_rows` is the gradient of both with respect to the matrix. Each is written as gathers that XLA fuses into one loop,
-for on CPU a materialized gather of n·k rows costs twenty times the arithmetic, and on GPU a scatter is not repeatable.
+Three products share one pattern of indices: `weighted_rows` decodes, `row_dots` encodes the chosen latents, `add_rows`
+is the gradient of both with respect to the matrix; `pair_…` are the same for unequally many latents per sample. Each is
+written as gathers that XLA fuses into one loop, for on CPU a materialized gather of n·k rows costs twenty times the
+arithmetic, and on GPU a scatter is not repeatable.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 _UNROLL = 32  # gathers fused into one loop; more only lengthens compilation
 _BUCKET = 8  # pairs of one latent summed at once by add_rows
@@ -34,26 +37,45 @@ def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*batch d_sae"]:
     return dense.reshape(*code.values.shape[:-1], d_sae)
 
 
+def keep_largest(values: Float[Array, "batch slots"], count: Int[Array, ""]) -> Bool[Array, "batch slots"]:
+    """Where the `count` largest of all these non-negative values stand; ties go to the earlier place.
+
+    Non-negative floats are ordered as their bits are, so 31 counts find the last value that is kept, bit by bit.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+
+    def refine(n, least):
+        higher = least | (jnp.int32(1) << (30 - n))
+        return jnp.where(jnp.sum((bits >= higher).astype(jnp.int32)) >= count, higher, least)
+
+    least = lax.fori_loop(0, 31, refine, jnp.int32(0))
+    above, tied = bits > least, bits == least
+    room = count - jnp.sum(above.astype(jnp.int32))
+    earlier = jnp.cumsum(tied.reshape(-1).astype(jnp.int32)).reshape(tied.shape)
+    return above | (tied & (earlier <= room))
+
+
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:
     """The batch·k largest pre-activations of the batch where positive, zero elsewhere; ties go to the lower index."""
-    values, places = lax.top_k(pre.reshape(-1), pre.shape[0] * k)
-    return jnp.zeros(pre.size, pre.dtype).at[places].set(jax.nn.relu(values)).reshape(pre.shape)
+    positive = jax.nn.relu(pre)
+    return jnp.where(keep_largest(positive, jnp.int32(pre.shape[0] * k)), positive, 0.0)
 
 
-def top_k(values: Float[Array, "batch d_sae"], k: int) -> Int[Array, "batch k"]:
-    """Where the k largest of each row stand, largest first, ties to the lower index.
+def top_k(values: Float[Array, "batch d_sae"], k: int) -> SparseCode:
+    """The k largest of each row, largest first, ties to the lower index.
 
     The k largest lie in the k groups of neighbours with the largest maxima, and a maximum is cheap.
     """
     batch, size = values.shape
     if size % _GROUP or size // _GROUP < 4 * k:
-        return lax.top_k(values.astype(jnp.float32), k)[1]  # bf16 would fall back to a full sort on CPU
+        largest, places = lax.top_k(values.astype(jnp.float32), k)  # bf16 would fall back to a full sort on CPU
+        return SparseCode(places, largest)
     groups = values.reshape(batch, size // _GROUP, _GROUP)
     _, chosen = lax.top_k(groups.max(axis=-1).astype(jnp.float32), k)
     chosen = jnp.sort(chosen, axis=-1)
     candidates = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).astype(jnp.float32)
-    _, places = lax.top_k(candidates.reshape(batch, k * _GROUP), k)
-    return jnp.take_along_axis(chosen, places // _GROUP, axis=1) * _GROUP + places % _GROUP
+    largest, places = lax.top_k(candidates.reshape(batch, k * _GROUP), k)
+    return SparseCode(jnp.take_along_axis(chosen, places // _GROUP, axis=1) * _GROUP + places % _GROUP, largest)
 
 
 def choose(
@@ -62,7 +84,7 @@ def choose(
     bias: Float32[Array, " d_sae"],
     k: int,
     chunk: int | None = None,
-) -> Int[Array, "batch k"]:
+) -> SparseCode:
     """The k latents of each row with the largest x · encoderᵀ + bias, in the precision of x and encoder.
 
     The pre-activations of `chunk` rows exist at a time: on CPU they then stay in the cache (512), elsewhere all do.
@@ -96,45 +118,82 @@ def row_dots(
 def add_rows(
     indices: Int[Array, "batch k"], values: Float[Array, "batch k"], x: Float[Array, "batch width"], d_sae: int
 ) -> Float[Array, "d_sae width"]:
-    """out_j = Σ_{b,i: indices_bi = j} values_bi · x_b: the pairs sorted by latent, then summed in buckets of 8.
+    """out_j = Σ_{b,i: indices_bi = j} values_bi · x_b."""
+    k = indices.shape[-1]
+    rows = jnp.repeat(jnp.arange(indices.shape[0], dtype=indices.dtype), k)
+    return _pair_sum(indices.reshape(-1), rows, values.reshape(-1), x, d_sae)
 
-    The first bucket of every latent is one fused gather; the few further buckets of often used latents follow in a loop
+
+def pair_dots(
+    rows: Int[Array, " pairs"],
+    columns: Int[Array, " pairs"],
+    x: Float[Array, "batch width"],
+    table: Float[Array, "d_sae width"],
+) -> Float[Array, " pairs"]:
+    """out_p = x[rows_p] · table[columns_p]: the chosen latents of a batch whose samples fire unequally many."""
+    return _pair_dots(rows, columns, x, table)
+
+
+def pair_rows(
+    rows: Int[Array, " pairs"],
+    columns: Int[Array, " pairs"],
+    values: Float[Array, " pairs"],
+    table: Float[Array, "d_sae width"],
+    batch: int,
+) -> Float[Array, "batch width"]:
+    """out_b = Σ_{p: rows_p = b} values_p · table[columns_p]."""
+    return _pair_rows(batch, rows, columns, values, table)
+
+
+def _pair_sum(owners: Array, others: Array, values: Array, table: Array, size: int) -> Array:
+    """out_o = Σ_{p: owners_p = o} values_p · table[others_p]: the pairs sorted by owner, then summed in buckets of 8.
+
+    The first bucket of every owner is one fused gather; the few further buckets of often named owners follow in a loop
     as long as there are any. The order of summation is fixed, so the result is the same in every run.
     """
-    if not indices.size:
-        return jnp.zeros((d_sae, x.shape[-1]), x.dtype)
 
     # a batched loop would copy its whole carry every turn, so members of a vmap go one after another
     @jax.custom_batching.sequential_vmap
-    def sums(indices, values, x):
-        return _add_rows(indices, values, x, d_sae)
+    def total(owners, others, values, table):
+        return _bucket_sums(owners, others, values, table, size)
 
-    return sums(indices, values, x)
+    return total(owners, others, values, table)
 
 
-def _add_rows(indices: Array, values: Array, x: Array, d_sae: int) -> Array:
-    k, pairs = indices.shape[-1], indices.size
-    latent, order = lax.sort((indices.reshape(-1), jnp.arange(pairs, dtype=indices.dtype)), num_keys=1)
-    start = jnp.searchsorted(latent, jnp.arange(d_sae + 1, dtype=latent.dtype), method="sort").astype(jnp.int32)
+def _bucket_sums(owners: Array, others: Array, values: Array, table: Array, size: int) -> Array:
+    pairs = owners.size
+    order = _stable_order(owners, size)
+    counts = jnp.zeros(size, jnp.int32).at[owners].add(1)
+    ends = jnp.cumsum(counts)
     slots = jnp.arange(_BUCKET, dtype=jnp.int32)[None, :]
 
     def bucket(first, end):
         places = first[:, None] + slots
         pair = order[jnp.minimum(places, pairs - 1)]
-        weights = jnp.where(places < end[:, None], values.reshape(-1)[pair], 0)
-        return _gathered_sum(pair // k, weights, x)
+        weights = jnp.where(places < end[:, None], values[pair], 0)
+        return _gathered_sum(others[pair], weights, table)
 
-    further = jnp.maximum(0, start[1:] - start[:-1] - _BUCKET + _BUCKET - 1) // _BUCKET
-    ends = jnp.cumsum(further)
+    further = jnp.maximum(0, counts - 1) // _BUCKET
+    last = jnp.cumsum(further)
 
     def turn(n, out):
         number = n * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
-        owner = jnp.minimum(jnp.searchsorted(ends, number, side="right"), d_sae - 1).astype(jnp.int32)
-        first = start[owner] + _BUCKET * (1 + number - (ends[owner] - further[owner]))
-        end = jnp.where(number < ends[-1], start[owner + 1], 0)
+        owner = jnp.minimum(jnp.searchsorted(last, number, side="right"), size - 1).astype(jnp.int32)
+        first = ends[owner] - counts[owner] + _BUCKET * (1 + number - (last[owner] - further[owner]))
+        end = jnp.where(number < last[-1], ends[owner], 0)
         return out.at[owner].add(bucket(first, end))
 
-    return lax.fori_loop(0, (ends[-1] + _BLOCK - 1) // _BLOCK, turn, bucket(start[:-1], start[1:]))
+    return lax.fori_loop(0, (last[-1] + _BLOCK - 1) // _BLOCK, turn, bucket(ends - counts, ends))
+
+
+def _stable_order(keys: Array, size: int) -> Array:
+    """argsort of keys below `size`; packed with the place into one word where that fits, five times faster on CPU."""
+    count = keys.size
+    places = jnp.arange(count, dtype=jnp.uint32)
+    if size * count < 2**32:
+        packed = jnp.sort(keys.astype(jnp.uint32) * jnp.uint32(count) + places)
+        return (packed % jnp.uint32(count)).astype(jnp.int32)
+    return lax.sort((keys, places.astype(jnp.int32)), num_keys=1)[1]
 
 
 def _gathered_sum(indices: Array, values: Array, table: Array) -> Array:
@@ -191,10 +250,50 @@ def _row_dots_backward(residuals, out_bar):
 _row_dots.defvjp(_row_dots_forward, _row_dots_backward)
 
 
-def _by_chunks(function, chunk: int, *arrays: Array) -> Array:
+@jax.custom_vjp
+def _pair_dots(rows: Array, columns: Array, x: Array, table: Array) -> Array:
+    def some(pairs):
+        chosen = jnp.take(table, pairs[:, 1], axis=0, mode="clip")
+        return jnp.einsum("pw,pw->p", jnp.take(x, pairs[:, 0], axis=0, mode="clip"), chosen)[:, None]
+
+    return _by_chunks(some, 2048, jnp.stack([rows, columns], axis=-1))[:, 0]
+
+
+def _pair_dots_forward(rows, columns, x, table):
+    return _pair_dots(rows, columns, x, table), (rows, columns, x, table)
+
+
+def _pair_dots_backward(residuals, out_bar):
+    rows, columns, x, table = residuals
+    x_bar = _pair_sum(rows, columns, out_bar, table, x.shape[0])
+    return None, None, x_bar, _pair_sum(columns, rows, out_bar, x, table.shape[0])
+
+
+_pair_dots.defvjp(_pair_dots_forward, _pair_dots_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pair_rows(batch: int, rows: Array, columns: Array, values: Array, table: Array) -> Array:
+    return _pair_sum(rows, columns, values, table, batch)
+
+
+def _pair_rows_forward(batch, rows, columns, values, table):
+    return _pair_sum(rows, columns, values, table, batch), (rows, columns, values, table)
+
+
+def _pair_rows_backward(batch, residuals, out_bar):
+    rows, columns, values, table = residuals
+    table_bar = _pair_sum(columns, rows, values, out_bar, table.shape[0])
+    return None, None, _pair_dots(rows, columns, out_bar, table), table_bar
+
+
+_pair_rows.defvjp(_pair_rows_forward, _pair_rows_backward)
+
+
+def _by_chunks(function: Callable[..., Any], chunk: int, *arrays: Array) -> Any:
     batch = arrays[0].shape[0]
     if batch <= chunk:
         return function(*arrays)
     padded = [jnp.pad(a, ((0, -batch % chunk), (0, 0))).reshape(-1, chunk, a.shape[-1]) for a in arrays]
     out = lax.map(lambda part: function(*part), tuple(padded))
-    return out.reshape(-1, out.shape[-1])[:batch]
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1])[:batch], out)

@@ -201,7 +201,7 @@ class ActivationStore:
 
     def verify(self) -> None:
         """Compare the bytes of every committed shard with its sidecar's digest; one InputError names the damaged."""
-        damaged = [shard.path for shard in self.shards if files.digest(shard.path.read_bytes()) != shard.digest]
+        damaged = [shard.path for shard in self.shards if files.digest_file(shard.path) != shard.digest]
         if damaged:
             names = ", ".join(path.name for path in damaged)
             raise InputError(

@@ -78,3 +78,14 @@ def manifest_fields(draw):
         "config": {},
         "versions": {},
     }
+
+
+def json_objects():
+    """What run metadata may hold."""
+    values = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1e6, 1e6) | st.text(max_size=5)
+    names = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1, max_size=5)
+    return st.dictionaries(
+        names,
+        st.recursive(values, lambda inner: st.lists(inner) | st.dictionaries(names, inner), max_leaves=5),
+        max_size=4,
+    )

@@ -20,9 +20,9 @@ ORDER = {
         "submission", "score", "generators", "render", "__init__",
     ],
     "sae": [
-        "errors", "files", "sparse", "abstract", "models", "losses", "buffer", "plan", "store", "metrics", "train",
-        "checkpoint", "synthetic",
-        "torchzip", "foreign", "saelens", "formats", "report", "__init__",
+        "errors", "files", "sparse", "abstract", "models", "losses", "objectives", "state", "step", "buffer", "plan",
+        "store", "metrics", "train", "checkpoint", "synthetic", "torchzip", "foreign", "saelens", "formats", "survey",
+        "report", "__init__",
     ],
 }  # fmt: skip
 FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}

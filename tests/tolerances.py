@@ -6,3 +6,4 @@ SAME_F32 = {"rtol": 2e-5, "atol": 2e-5}  # the same float32 sums in another orde
 BF16_ROW = 2**-5  # |error| / |row| of a bf16 pass against float64: a few dozen roundings of 2^-9 each
 
 # ---------------------------------------------------------------- sae
+CONVERTED = {"rtol": 1e-5, "atol": 1e-5}  # an SAE of another library: encode and decode against its own

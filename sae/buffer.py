@@ -1,0 +1,134 @@
+"""An on-device shuffle buffer: rows go in as a model makes them and come out in random order, never touching the host.
+
+buffer = ShuffleBuffer.init(capacity=65536, d_model=896, key=key)
+buffer = buffer.add(rows, keep=not_a_sink(rows))     # rows in the order they were made
+buffer, batches = buffer.draw(steps=8, batch=4096)   # `steps batch d_model`, for train.run
+
+The rows of [0, size) are live. `draw` takes a random part of them and closes the gaps, so every row is drawn at most
+once, and the buffer is a state like any other: saved in a checkpoint, it continues bit for bit.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Key
+
+from sae.errors import InputError
+
+
+class ShuffleBuffer(eqx.Module):
+    """Live rows in [0, size); `dropped` counts rows that found no room."""
+
+    rows: Float[Array, "capacity d_model"]
+    source: Int32[Array, " capacity"]  # the number of the `add` that brought each row
+    size: Int32[Array, ""]
+    adds: Int32[Array, ""]
+    dropped: Int32[Array, ""]
+    key: Key[Array, ""]
+
+    @classmethod
+    def init(cls, *, capacity: int, d_model: int, key: Key[Array, ""], dtype=jnp.float32) -> "ShuffleBuffer":
+        if capacity < 1 or d_model < 1:
+            raise InputError(f"capacity, d_model: found {capacity}, {d_model}, expected at least 1")
+        # distinct arrays, for `add` and `draw` donate the whole buffer
+        return cls(
+            rows=jnp.zeros((capacity, d_model), dtype),
+            source=jnp.zeros(capacity, jnp.int32),
+            size=jnp.array(0, jnp.int32),
+            adds=jnp.array(0, jnp.int32),
+            dropped=jnp.array(0, jnp.int32),
+            key=jax.random.clone(key),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.shape[0]
+
+    def add(self, rows: Float[Array, "new d_model"], keep: Bool[Array, " new"] | None = None) -> "ShuffleBuffer":
+        """The buffer with the kept rows behind the live ones; rows beyond the capacity are dropped and counted."""
+        if keep is None:
+            keep = jnp.ones(rows.shape[0], bool)
+        return _add((rows, keep), self)
+
+    def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch d_model"]]:
+        """A uniform sample of the live rows without replacement, which leaves the buffer."""
+        buffer, rows, _ = self.draw_with_source(steps=steps, batch=batch)
+        return buffer, rows
+
+    def draw_with_source(
+        self, *, steps: int, batch: int
+    ) -> tuple["ShuffleBuffer", Float[Array, "steps batch d_model"], Int32[Array, "steps batch"]]:
+        """`draw`, with the number of the `add` that brought each row, from which `mixing` is measured."""
+        wanted, live = steps * batch, int(self.size)
+        if wanted > live:
+            raise InputError(f"draw: found {live} rows in the buffer, expected at least steps × batch = {wanted}")
+        buffer, rows, source = _draw(wanted, self)
+        return buffer, rows.reshape(steps, batch, -1), source.reshape(steps, batch)
+
+
+def not_a_sink(rows: Float[Array, "rows d_model"], times: float = 10.0) -> Bool[Array, " rows"]:
+    """‖row‖ ≤ times · median ‖row‖, and finite: attention sinks stand at 100 to 1000 times the median."""
+    norms = jnp.linalg.norm(rows.astype(jnp.float32), axis=-1)
+    median = jnp.nanmedian(jnp.where(jnp.isfinite(norms), norms, jnp.nan))
+    return jnp.isfinite(norms) & (norms <= times * median)
+
+
+def mixing(source: Int32[Array, "steps batch"]) -> Float[Array, ""]:
+    """P(two rows of a batch differ in source) / P(two of all the rows drawn do), mean over batches.
+
+    1 is a perfect mixture, 0 is batches of one source each.
+    """
+    within = jnp.mean(jax.vmap(_differ)(source))
+    overall = _differ(source.reshape(-1))
+    return jnp.where(overall > 0, within / jnp.where(overall > 0, overall, 1.0), 1.0)
+
+
+def _differ(source: Int32[Array, " rows"]) -> Float[Array, ""]:
+    count = source.shape[0]
+    ordered = jnp.sort(source)
+    first = jnp.searchsorted(ordered, ordered, side="left")
+    last = jnp.searchsorted(ordered, ordered, side="right")
+    same = jnp.sum((last - first - 1).astype(jnp.float32))
+    return 1.0 - same / max(1, count * (count - 1))
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _add(new, buffer: ShuffleBuffer) -> ShuffleBuffer:
+    rows, keep = new
+    place = buffer.size + jnp.cumsum(keep.astype(jnp.int32)) - 1
+    place = jnp.where(keep & (place < buffer.capacity), place, buffer.capacity)  # out of bounds: dropped by the scatter
+    kept = jnp.sum(keep.astype(jnp.int32))
+    size = jnp.minimum(buffer.size + kept, buffer.capacity)
+    return ShuffleBuffer(
+        rows=buffer.rows.at[place].set(rows.astype(buffer.rows.dtype), mode="drop"),
+        source=buffer.source.at[place].set(buffer.adds, mode="drop"),
+        size=size,
+        adds=buffer.adds + 1,
+        dropped=buffer.dropped + buffer.size + kept - size,
+        key=buffer.key,
+    )
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _draw(wanted: int, buffer: ShuffleBuffer) -> tuple[ShuffleBuffer, Array, Array]:
+    key, now = jax.random.split(buffer.key)
+    places = jnp.arange(buffer.capacity, dtype=jnp.int32)
+    rank = jnp.where(places < buffer.size, jax.random.uniform(now, (buffer.capacity,)), 2.0)  # dead rows sort last
+    chosen = jnp.argsort(rank)[:wanted].astype(jnp.int32)
+    size = buffer.size - wanted
+    gone = jnp.zeros(buffer.capacity, bool).at[chosen].set(True)
+    # the survivors of the tail move into the gaps below the new size: at most `wanted` rows are copied
+    gaps = jnp.nonzero(gone & (places < size), size=wanted, fill_value=buffer.capacity)[0]
+    tail = ~gone & (places >= size) & (places < buffer.size)
+    movers = jnp.nonzero(tail, size=wanted, fill_value=0)[0]
+    rows, source = buffer.rows[chosen], buffer.source[chosen]
+    moved = ShuffleBuffer(
+        rows=buffer.rows.at[gaps].set(lax.optimization_barrier(buffer.rows[movers]), mode="drop"),
+        source=buffer.source.at[gaps].set(buffer.source[movers], mode="drop"),
+        size=size,
+        adds=buffer.adds,
+        dropped=buffer.dropped,
+        key=key,
+    )
+    return moved, rows, source

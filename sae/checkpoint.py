@@ -1,0 +1,113 @@
+"""Checkpoints of any tree of arrays (a TrainState, a buffer, a pair of both) and of where the data stood.
+
+DIRECTORY/00000100/state.safetensors and, written last, state.json: the digest, every leaf's shape and type, the cursor.
+A checkpoint exists when its state.json does; a flipped bit, a missing leaf or another form is refused. No pickle.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from sae import files
+from sae.errors import InputError
+
+Tree = TypeVar("Tree")
+_FORMAT = 1
+
+
+def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | None = None, keep: int = 3) -> Path:
+    """Write the arrays of `state` and the JSON `cursor` as checkpoint `step`; of older ones the last `keep` − 1 stay."""
+    if keep < 1:
+        raise InputError(f"keep: found {keep}, expected at least 1")
+    arrays = _named_arrays(state)
+    data = safetensors.numpy.save(arrays)
+    note = {
+        "format": _FORMAT,
+        "step": step,
+        "digest": files.digest(data),
+        "leaves": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
+        "cursor": cursor or {},
+    }
+    place = Path(directory) / f"{step:08d}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "state.json").unlink(missing_ok=True)  # a step saved again is not whole until its new note stands
+    files.commit(place / "state.safetensors", data)
+    files.commit(place / "state.json", files.dump_json(note))
+    files.fsync_directory(Path(directory))
+    for older in steps(directory)[:-keep]:
+        shutil.rmtree(Path(directory) / f"{older:08d}")
+    return place
+
+
+def steps(directory: str | Path) -> list[int]:
+    """The steps of the whole checkpoints in a directory, rising."""
+    found = Path(directory).glob("*/state.json")
+    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
+
+
+def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any], int]:
+    """The state (shaped as `like`, whose static parts it takes), the cursor, and the step: the last unless said."""
+    known = steps(directory)
+    if not known or (step is not None and step not in known):
+        raise InputError(f"{directory}: found checkpoints {known}, expected {'one' if step is None else step}")
+    step = known[-1] if step is None else step
+    place = Path(directory) / f"{step:08d}"
+    note = files.read_json(place / "state.json")
+    for field in ("format", "digest", "leaves", "cursor"):
+        if field not in note:
+            raise InputError(f"{place / 'state.json'}: {field}: found none, expected it")
+    if note["format"] != _FORMAT:
+        raise InputError(f"{place / 'state.json'}: format: found {note['format']}, expected {_FORMAT}")
+    path = place / "state.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: found no readable file ({error.strerror}), expected a checkpoint's arrays"
+        ) from error
+    if (found := files.digest(data)) != note["digest"]:
+        raise InputError(f"{path}: digest: found {found}, expected {note['digest']}")
+    return _restore(path, like, safetensors.numpy.load(data)), note["cursor"], step
+
+
+def _restore(path: Path, like: Tree, arrays: dict[str, np.ndarray]) -> Tree:
+    expected = _named_shapes(like)
+    found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(f"{path}: {name}: found {found.get(name)}, expected {expected.get(name)}")
+
+    def leaf(keys, old):
+        if not eqx.is_array(old):
+            return old
+        array = arrays[_name(keys)]
+        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(old))
+        return jnp.array(array)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys).lstrip(".") or "value"
+
+
+def _plain(leaf: Any) -> Any:
+    """Keys as their words; everything else as it is."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _named_arrays(state: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {_name(keys): np.ascontiguousarray(_plain(leaf)) for keys, leaf in leaves if eqx.is_array(leaf)}
+
+
+def _named_shapes(state: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    leaves = [(keys, _plain(leaf)) for keys, leaf in jax.tree_util.tree_leaves_with_path(state) if eqx.is_array(leaf)]
+    return {_name(keys): (str(leaf.dtype), leaf.shape) for keys, leaf in leaves}

@@ -1,0 +1,89 @@
+"""Every form: sparse equals dense, its rule holds, folding changes nothing but units; sparse products against dense."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sae
+from sae import sparse
+from sae.errors import InputError
+
+KEY = jax.random.key(0)
+K_FORMS = ("topk", "batchtopk", "matryoshka")
+
+
+def make(form, d_model=8, d_sae=16, d_out=None, k=3):
+    extra = {"k": k} if form in K_FORMS else {}
+    return sae.FORMS[form].init(d_model=d_model, d_sae=d_sae, key=KEY, d_out=d_out, **extra)
+
+
+@pytest.mark.parametrize("d_out", [None, 5])
+@pytest.mark.parametrize("form", sae.FORMS)
+def test_sparse_and_dense_agree_and_fold_keeps_the_function(form, d_out):
+    module = make(form, d_out=d_out)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 8))
+    z = module.encode(x)
+    assert z.shape == (2, 4, 16)
+    assert float(z.min()) >= 0
+    np.testing.assert_allclose(module.decode(module.encode_sparse(x, 16)), module.decode(z), atol=1e-5)
+    np.testing.assert_allclose(module(x), module.decode(z), atol=1e-6)
+    mean, scale = jnp.linspace(-1, 1, 8), jnp.float32(2)
+    mean_out, scale_out = (mean, scale) if d_out is None else (jnp.ones(5), jnp.float32(3))
+    folded = module.fold(scale, mean, scale_out, mean_out)
+    inner = scale * (x - mean[None, None])
+    np.testing.assert_allclose(folded(x), module(inner) / scale_out + mean_out[None, None], atol=1e-5)
+    np.testing.assert_allclose(folded.encode(x), module.encode(inner) / scale, atol=1e-5)
+
+
+def test_k_rules():
+    x = jax.random.normal(jax.random.key(1), (10, 8))
+    assert ((make("topk").encode(x) > 0).sum(-1) <= 3).all()
+    assert int((make("batchtopk").encode(x) > 0).sum()) == 30
+    tied = jnp.zeros((1, 16)).at[0, jnp.array([2, 5, 7, 9])].set(1.0)
+    assert np.flatnonzero(np.asarray(make("topk").activate(tied))[0]).tolist() == [2, 5, 7]
+    assert np.flatnonzero(np.asarray(make("batchtopk").activate(tied))[0]).tolist() == [2, 5, 7]
+
+
+@pytest.mark.parametrize("k", [0, 17])
+def test_impossible_k_is_refused(k):
+    with pytest.raises(InputError, match="k: found"):
+        make("topk", k=k)
+    with pytest.raises(InputError, match="max_active"):
+        make("relu").encode_sparse(jnp.ones((1, 8)))
+
+
+def test_smaller_than_the_model_works():
+    assert make("topk", d_model=9, d_sae=4)(jnp.ones((2, 9))).shape == (2, 9)
+
+
+@pytest.mark.parametrize(("batch", "width", "size", "k"), [(7, 5, 32, 3), (130, 9, 512, 2), (600, 7, 64, 40)])
+def test_sparse_products_and_gradients(batch, width, size, k):
+    x, table = jax.random.normal(KEY, (batch, width)), jax.random.normal(jax.random.key(1), (size, width))
+    bias = jnp.zeros(size)
+    code = sparse.choose(x, table, bias, k)
+    np.testing.assert_allclose(code.values, jax.lax.top_k(x @ table.T, k)[0], rtol=1e-4, atol=1e-5)
+    weights = jax.random.normal(jax.random.key(2), (batch, k))
+
+    def ours(weights, table, x):
+        return (sparse.weighted_rows(code.indices, weights * sparse.row_dots(code.indices, x, table), table) ** 2).sum()
+
+    def pairs(weights, table, x):
+        rows, columns = jnp.repeat(jnp.arange(batch), k), code.indices.reshape(-1)
+        dots = sparse.pair_dots(rows, columns, x, table)
+        return (sparse.pair_rows(rows, columns, weights.reshape(-1) * dots, table, batch) ** 2).sum()
+
+    def plain(weights, table, x):
+        chosen = table[code.indices]
+        return (jnp.einsum("bk,bkd->bd", weights * jnp.einsum("bd,bkd->bk", x, chosen), chosen) ** 2).sum()
+
+    expected = jax.grad(plain, (0, 1, 2))(weights, table, x)
+    for function in (ours, pairs):
+        for found, wanted in zip(jax.grad(function, (0, 1, 2))(weights, table, x), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+def test_keep_largest_keeps_exactly_that_many():
+    values = jnp.array([[0.0, 2.0, 2.0], [2.0, 1.0, 0.0]])
+    assert np.asarray(sparse.keep_largest(values, jnp.int32(2))).tolist() == [[False, True, True], [False] * 3]
+    assert int(sparse.keep_largest(values, jnp.int32(4)).sum()) == 4
