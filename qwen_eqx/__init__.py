@@ -26,6 +26,8 @@ from qwen_eqx.sample import RepetitionPenalty as RepetitionPenalty
 from qwen_eqx.sample import Temperature as Temperature
 from qwen_eqx.sample import TopK as TopK
 from qwen_eqx.sample import TopP as TopP
+from qwen_eqx.scheduler import Completion as Completion
+from qwen_eqx.scheduler import schedule as schedule
 from qwen_eqx.sites import Capture as Capture
 from qwen_eqx.sites import Site as Site
 from qwen_eqx.tokenizer import Tokenizer as Tokenizer
