@@ -129,7 +129,8 @@ CELLS = "expected an integer 0 to 9"
 # file name -> (content, the line after the file's path)
 BAD = {
     "syntax": ("c.json", '{"a": ', ": column 7: found expecting value, expected JSON"),
-    "syntax in a line": ("c.json", '{"a":\n{"train" 1}}', ": line 2 column 10: found expecting ':' delimiter, expected JSON"),
+    "syntax in a line": ("c.json", '{"a":\n{"train" 1}}',
+                         ": line 2 column 10: found expecting ':' delimiter, expected JSON"),
     "number": ("c.json", "3", ": found a JSON int, expected an object of tasks or a list of pairs"),
     "same key": ("c.json", '{"a": 1, "a": 2}', ": found key 'a' twice, expected JSON of plain tasks"),
     "nested": ("c.json", "[" * 50_000, ": found maximum recursion depth exceeded"),
@@ -237,7 +238,7 @@ def test_sources_that_are_not_there(tmp_path):
     for name in ("none.json", "none.jsonl"):
         with pytest.raises(arc.InputError, match="no such file or directory"):
             arc.load_tasks(tmp_path / name)
-    with pytest.raises(arc.InputError, match="directory without .json files"):
+    with pytest.raises(arc.InputError, match="directory without"):
         arc.load_tasks(tmp_path)
     with pytest.raises(arc.InputError, match="on_bad: found 'maybe'"):
         arc.load_tasks(tmp_path, on_bad="maybe")

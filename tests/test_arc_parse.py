@@ -37,7 +37,8 @@ FORGIVEN = {
     "run-on rows": (" shape: 2x3\n1 012\n2 345\n3 678\n4 678\n```", "2 lines beyond the shape"),
     "run-on nonsense": (" shape: 2x3\n1 012\n2 345\nso that is it\n```", "1 lines beyond the shape"),
     "run-on, cut off": (" shape: 2x3\n1 012\n2 345\n3 67", "block not closed"),
-    "a second grid": (" shape: 2x3\n1 012\n2 345\n```\n\n## Example\n```grid shape: 1x1\n1 7\n```", "a further block follows"),
+    "a second grid": (" shape: 2x3\n1 012\n2 345\n```\n\n## Example\n```grid shape: 1x1\n1 7\n```",
+                      "a further block follows"),
     "a broken first grid": (" shape: 2x3\n1 01\n2 345\n```\nSorry:\n```grid shape: 2x3\n1 012\n2 345\n```",
                             "taken from block 2"),
     "the fence again": ("```grid shape: 2x3\n1 012\n2 345\n```", None),
@@ -113,8 +114,8 @@ def test_other_encoders(case):
     assert (found.reason if found.grid is None else found.grid.tolist()) == expected, found
 
 
-PIECES = ["```", "grid", " shape: ", "2x2", "99x1", "\n", "1 ", "2 ", "00", "0", "Black", " ", "|", "[[0]]", "[", "]", "x",
-          "ñ", "<|im_end|>", "\r", "\x00", "٣", "²", "`", "{", "NaN", "1e999", "1" * 50]  # fmt: skip
+PIECES = ["```", "grid", " shape: ", "2x2", "99x1", "\n", "1 ", "2 ", "00", "0", "Black", " ", "|", "[[0]]", "[", "]",
+          "x", "ñ", "<|im_end|>", "\r", "\x00", "٣", "²", "`", "{", "NaN", "1e999", "1" * 50]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
