@@ -1,1 +1,31 @@
+"""A Qwen2, Qwen2.5 or dense Qwen3 decoder as pure Equinox modules, generating and captured inside one compiled loop."""
+
+from qwen_eqx.config import PRESETS as PRESETS
+from qwen_eqx.config import QwenConfig as QwenConfig
+from qwen_eqx.edits import Ablate as Ablate
+from qwen_eqx.edits import AbstractEdit as AbstractEdit
+from qwen_eqx.edits import Patch as Patch
+from qwen_eqx.edits import Replace as Replace
+from qwen_eqx.edits import Steer as Steer
+from qwen_eqx.engine import GenerationState as GenerationState
+from qwen_eqx.engine import Generator as Generator
 from qwen_eqx.errors import InputError as InputError
+from qwen_eqx.generate import Generation as Generation
+from qwen_eqx.generate import generate as generate
+from qwen_eqx.generate import prepare as prepare
+from qwen_eqx.hf import from_pretrained as from_pretrained
+from qwen_eqx.hf import save_pretrained as save_pretrained
+from qwen_eqx.memory import MemoryPlan as MemoryPlan
+from qwen_eqx.model import Qwen as Qwen
+from qwen_eqx.sample import AbstractFilter as AbstractFilter
+from qwen_eqx.sample import AbstractSampler as AbstractSampler
+from qwen_eqx.sample import Chain as Chain
+from qwen_eqx.sample import Greedy as Greedy
+from qwen_eqx.sample import MinP as MinP
+from qwen_eqx.sample import RepetitionPenalty as RepetitionPenalty
+from qwen_eqx.sample import Temperature as Temperature
+from qwen_eqx.sample import TopK as TopK
+from qwen_eqx.sample import TopP as TopP
+from qwen_eqx.sites import Capture as Capture
+from qwen_eqx.sites import Site as Site
+from qwen_eqx.tokenizer import Tokenizer as Tokenizer

@@ -28,7 +28,7 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     except FileNotFoundError:
         raise InputError(f"{path}: found no such file, expected it in this directory") from None
     except OSError as error:
-        raise InputError(f"{path}: found a file that cannot be read ({error.strerror}), expected a readable one") from None
+        raise InputError(f"{path}: found {error.strerror}, expected a readable file") from None
     if is_lfs_pointer(data):
         raise InputError(f"{path}: found a Git LFS pointer, expected the data; run `git lfs pull` in that directory")
     return data
@@ -39,7 +39,9 @@ def read_text(path: Path, *, limit: int = MAX_JSON_BYTES) -> str:
     try:
         return read_bytes(path, limit=limit).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found byte {error.object[error.start]:#04x} at {error.start}, expected UTF-8") from None
+        raise InputError(
+            f"{path}: found byte {error.object[error.start]:#04x} at {error.start}, expected UTF-8"
+        ) from None
 
 
 def _no_constant(name: str) -> float:

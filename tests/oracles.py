@@ -1,5 +1,92 @@
 """NumPy float64 oracles: the plainest possible statement of each formula, one section per package."""
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
 # ---------------------------------------------------------------- qwen_eqx
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return weight * x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
+    """Each pair (x[i], x[i + half]) is a complex number turned by position * theta^(-2i / d_head)."""
+    half = len(x) // 2
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One head, causal: [seq, d_head] each."""
+    z = np.zeros_like(v)
+    for i in range(len(q)):
+        scores = k[: i + 1] @ q[i] / np.sqrt(q.shape[1])
+        weights = np.exp(scores - scores.max())
+        z[i] = weights / weights.sum() @ v[: i + 1]
+    return z
+
+
+def decoder(
+    model, tokens: Sequence[int], edit: Callable[[int, str, np.ndarray], np.ndarray] = lambda layer, kind, x: x
+) -> tuple[np.ndarray, dict[tuple[int, str], np.ndarray]]:
+    """Logits of a Qwen2 or Qwen3 decoder after each token, and what stood at every (layer, kind of site).
+
+    `edit(layer, kind, x)` says what goes on from there.
+    """
+    config, sites = model.config, {}
+
+    def array(leaf) -> np.ndarray:
+        return np.asarray(leaf).astype(np.float64)
+
+    def site(layer: int, kind: str, x: np.ndarray) -> np.ndarray:
+        sites[layer, kind] = edit(layer, kind, x)
+        return sites[layer, kind]
+
+    def linear(part, x: np.ndarray) -> np.ndarray:
+        return x @ array(part.weight).T + (0 if part.bias is None else array(part.bias))
+
+    def heads(x: np.ndarray, norm) -> list[np.ndarray]:
+        """Normed where the model norms, and rotated."""
+        parts = np.split(x, x.shape[1] // config.d_head, axis=1)
+        if norm is not None:
+            parts = [rms_norm(part, array(norm.weight), config.norm_eps) for part in parts]
+        return [np.stack([rotate(row, p, config.rope_theta) for p, row in enumerate(part)]) for part in parts]
+
+    x = array(model.embed.table)[list(tokens)]
+    for layer, block in enumerate(model.blocks):
+        x = site(layer, "resid_pre", x)
+        normed = rms_norm(x, array(block.attn_norm.weight), config.norm_eps)
+        q = heads(site(layer, "q", linear(block.attn.q, normed)), block.attn.q_norm)
+        k = heads(site(layer, "k", linear(block.attn.k, normed)), block.attn.k_norm)
+        v = np.split(site(layer, "v", linear(block.attn.v, normed)), config.kv_heads, axis=1)
+        group = config.heads // config.kv_heads
+        z = [attention(q[head], k[head // group], v[head // group]) for head in range(config.heads)]
+        x = x + site(layer, "attn_out", linear(block.attn.o, site(layer, "z", np.concatenate(z, axis=1))))
+        x = site(layer, "resid_mid", x)
+        normed = rms_norm(x, array(block.mlp_norm.weight), config.norm_eps)
+        hidden = silu(linear(block.mlp.gate, normed)) * linear(block.mlp.up, normed)
+        x = x + site(layer, "mlp_out", linear(block.mlp.down, site(layer, "mlp_post", hidden)))
+        x = site(layer, "resid_post", x)
+    head = model.embed.table if config.tied else model.head.weight
+    return rms_norm(x, array(model.norm.weight), config.norm_eps) @ array(head).T, sites
+
+
+def nucleus(probs: np.ndarray, p: float) -> np.ndarray:
+    """The most probable tokens that together first reach p, and any as probable as the last of them; [vocab] booleans."""
+    order = np.argsort(-probs, kind="stable")
+    before = np.cumsum(probs[order]) - probs[order]
+    return probs >= probs[order][before < p].min()
+
 
 # ---------------------------------------------------------------- sae

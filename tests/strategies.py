@@ -5,8 +5,39 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import arc
+import qwen_eqx
+import sae
 
 # ---------------------------------------------------------------- qwen_eqx
+
+
+@st.composite
+def configs(draw, min_d_model: int = 1) -> qwen_eqx.QwenConfig:
+    """Small decoders of both families: any group size, any head width, tied or not."""
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (1, 7)]))
+    return qwen_eqx.QwenConfig(
+        model_type=draw(st.sampled_from(["qwen2", "qwen3"])),
+        vocab=draw(st.integers(2, 40)),
+        d_model=draw(st.integers(min_d_model, 24)),
+        layers=draw(st.integers(1, 3)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        d_head=2 * draw(st.integers(1, 6)),
+        d_ff=draw(st.integers(1, 24)),
+        max_seq=64,
+        rope_theta=draw(st.sampled_from([100.0, 10_000.0, 1_000_000.0])),
+        tied=draw(st.booleans()),
+    )
+
+
+def token_ids(vocab: int, min_size: int = 1, max_size: int = 16) -> st.SearchStrategy:
+    return st.lists(st.integers(0, vocab - 1), min_size=min_size, max_size=max_size)
+
+
+def prompts(vocab: int, rows: int, max_size: int = 16) -> st.SearchStrategy:
+    """That many prompts of any lengths: with `max_size` 16 they all share the first bucket."""
+    return st.lists(token_ids(vocab, 1, max_size), min_size=rows, max_size=rows)
+
 
 # ---------------------------------------------------------------- arc
 
@@ -36,3 +67,21 @@ def augmentations(pairs: int = 0) -> st.SearchStrategy:
 
 
 # ---------------------------------------------------------------- sae
+
+
+@st.composite
+def manifest_fields(draw):
+    """What sae.Manifest takes, for small stores: any dtype, one to three sites, at least one item."""
+    return {
+        "model_id": "m",
+        "revision": draw(st.none() | st.just("main")),
+        "config_digest": "sha256:0",
+        "tokenizer_digest": "sha256:1",
+        "sites": tuple(f"blocks.{layer}.hook_resid_post" for layer in range(draw(st.integers(1, 3)))),
+        "dtype": draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        "d_model": draw(st.integers(1, 5)),
+        "seed": draw(st.integers(0, 9)),
+        "plan": sae.Plan(draw(st.integers(1, 9)), draw(st.integers(1, 10))),
+        "config": {},
+        "versions": {},
+    }

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "qwen_eqx": [
         "errors", "files", "chat", "tokenizer", "config", "layers", "rope", "attention", "cache", "sites", "edits",
-        "model", "sample", "generate", "scheduler", "search", "sharding", "hub", "hf", "train", "__init__",
+        "model", "sample", "memory", "engine", "generate", "scheduler", "search", "sharding", "hub", "hf", "train", "__init__",
     ],
     "arc": [
         "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
@@ -21,7 +21,9 @@ ORDER = {
         "render", "__init__",
     ],
     "sae": [
-        "errors", "models", "losses", "buffer", "store", "metrics", "train", "synthetic", "formats", "report", "__init__",
+        "errors", "files", "sparse", "abstract", "models", "losses", "buffer", "plan", "store", "metrics", "train",
+        "checkpoint", "synthetic",
+        "torchzip", "foreign", "saelens", "formats", "report", "__init__",
     ],
 }  # fmt: skip
 FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}

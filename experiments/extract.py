@@ -1,0 +1,239 @@
+"""Let a model answer ARC tasks and keep its activations: safetensors shards with a manifest, ready for SAE training.
+
+Without flags: the embedded demo model on six tasks of ARC-AGI-1. `--model Qwen/Qwen2.5-0.5B-Instruct` loads a real one.
+"""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+import arc
+import cli
+import qwen_eqx
+import sae
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "tiny-arc"
+    """Embedded name, directory in Hugging Face's layout, or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tasks: str = "arc-agi-1/training"
+    """Data set name (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
+    limit: int = 6
+    """Tasks to take, from the first."""
+    layers: str = "late"
+    """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths."""
+    positions: Literal["all", "generated"] = "all"
+    """Keep every position, or only those whose logits chose a generated token."""
+    max_new_tokens: int = 64
+    """Tokens to generate at most; ARC answers in Qwen tokens have 179 on average and 1,022 at most."""
+    batch_size: int = 4
+    """Prompts generated together."""
+    items_per_shard: int = 8
+    """Test inputs in one shard file."""
+    encoder: str = arc.DEFAULT_ENCODER
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
+    prompt: str = arc.DEFAULT_PROMPT
+    """Prompt format: a name of arc.PROMPTS."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights, cache and stored activations."""
+    seed: int = 0
+    """Of the run; greedy decoding draws nothing."""
+    out: Path = Path("runs/extract")
+    """Store directory; a run that was cut off goes on where it stopped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One test input of one task, as tokens."""
+
+    task: arc.Task
+    test: int
+    prompt: arc.prompt.Prompt
+    tokens: list[int]
+
+
+def main(config: Config) -> None:
+    for name in ("limit", "max_new_tokens", "batch_size", "items_per_shard"):
+        cli.at_least_one(name, getattr(config, name))
+    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    if config.model == "tiny-arc":
+        cli.console.print(
+            "tiny-arc is a demonstration model: it shows that everything runs, its answers mean little.\n"
+            "--model Qwen/Qwen2.5-0.5B-Instruct (any hub id or directory) loads a real one.\n"
+        )
+    capture = qwen_eqx.Capture(layers=parse_layers(config.layers, model.config.layers), positions=config.positions)
+    items = list(make_items(config, model.config, tokenizer))
+    writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
+    cli.record_run(config.out, config)
+    generated, seconds = 0, 0.0
+    todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
+    with cli.bar(len(todo), "generating", "prompts") as advance:
+        for shard in writer.missing:
+            numbers = writer.plan.items_of(shard)
+            rows, outcomes = [], []
+            for batch in [numbers[at : at + config.batch_size] for at in range(0, len(numbers), config.batch_size)]:
+                begin = time.perf_counter()
+                out = answer(model, tokenizer, [items[number] for number in batch], capture, config)
+                seconds += time.perf_counter() - begin
+                generated += int(out.lengths.sum())
+                for row, number in enumerate(batch):
+                    rows.append(to_rows(out, row, number, items[number], config.positions))
+                    outcomes.append(outcome(out, row, items[number], tokenizer, config))
+                advance(len(batch), f"{generated / seconds:,.0f} tok/s ")
+            writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*rows, strict=True))), outcomes)
+    report(config, generated, seconds)
+
+
+def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> Iterator[Item]:
+    """Every test input of the first `limit` tasks; a prompt that exceeds the model loses whole training pairs."""
+    budget = model.max_seq - config.max_new_tokens
+    template = tokenizer.render_chat if tokenizer.chat_template is not None else None
+    for task in list(arc.load_tasks(config.tasks))[: config.limit]:
+        for test in range(len(task.test)):
+            prompt = arc.prompt.build(
+                task,
+                test,
+                encoder=config.encoder,
+                form=config.prompt,
+                template=template,
+                count=lambda text: len(tokenizer.encode(text)),
+                budget=budget,
+            )
+            yield Item(task, test, prompt, tokenizer.encode(prompt.text))
+
+
+def parse_layers(text: str, layers: int) -> list[int]:
+    """`late`, `all`, `10:24` or `3,5,7`, as block numbers of a model with `layers` blocks."""
+    if text in ("late", "all"):
+        return list(range(math.ceil(0.4 * layers) if text == "late" else 0, layers))
+    try:
+        if ":" in text:
+            low, high = (
+                int(part) if part else default for part, default in zip(text.split(":"), (0, layers), strict=True)
+            )
+            chosen = list(range(low, high))
+        else:
+            chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        chosen = []
+    if not chosen or not all(0 <= layer < layers for layer in chosen):
+        raise qwen_eqx.InputError(
+            f"--layers: found {text!r}, expected late, all, a range such as 1:{layers} or a list such as 0,{layers - 1}; "
+            f"the model has blocks 0 to {layers - 1}"
+        )
+    return chosen
+
+
+def answer(
+    model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, items: list[Item], capture: qwen_eqx.Capture, config: Config
+) -> qwen_eqx.Generation:
+    """Generates for a few prompts at once, stopping at the end of a text."""
+    return qwen_eqx.generate(
+        model,
+        [item.tokens for item in items],
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=tokenizer.eos_ids,
+        pad_token=tokenizer.pad_id,
+        capture=capture,
+    )
+
+
+def to_rows(out: qwen_eqx.Generation, row: int, number: int, item: Item, positions: str) -> sae.Rows:
+    """The stored rows of one prompt: the activation at a position, with the token read there.
+
+    `generated` marks positions whose logits chose a token: the last one of the prompt and all but the last one after it.
+    """
+    length, prompt = int(out.lengths[row]), len(item.tokens)
+    read = np.asarray([*item.tokens, *np.asarray(out.tokens[row, : length - 1])], np.int32)
+    assert out.activations is not None
+    kept = np.asarray(out.activations[:, row, :length])
+    start = prompt - 1
+    if out.prompt_activations is not None:  # its last position is the one that produced token 0, already kept
+        width = out.prompt_activations.shape[2]
+        kept = np.concatenate([np.asarray(out.prompt_activations[:, row, width - prompt : width - 1]), kept], axis=1)
+        start = 0
+    place = np.arange(start, len(read), dtype=np.int32)
+    return sae.Rows(
+        kept.transpose(1, 0, 2), read[start:], place, np.full(len(place), number, np.int32), place >= prompt - 1
+    )
+
+
+def outcome(
+    out: qwen_eqx.Generation, row: int, item: Item, tokenizer: qwen_eqx.Tokenizer, config: Config
+) -> dict[str, Any]:
+    """What an item's sidecar entry says: the task, what the model wrote, and how it reads."""
+    tokens = np.asarray(out.tokens[row, : int(out.lengths[row])])
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    parsed = arc.parse.parse(text, config.encoder, item.prompt.begun)
+    truth = item.task.test[item.test].output
+    right = truth is not None and parsed.grid is not None and np.array_equal(parsed.grid, truth)
+    return {
+        "task": item.task.id,
+        "test": item.test,
+        "prompt_tokens": len(item.tokens),
+        "dropped_pairs": list(item.prompt.dropped),
+        "tokens": len(tokens),
+        "log_prob": round(float(out.log_probs[row].sum()), 6),
+        "text": text,
+        "outcome": parsed.reason or ("correct" if right else "wrong"),
+    }
+
+
+def manifest(
+    config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, capture: qwen_eqx.Capture, items: int
+) -> sae.Manifest:
+    """What the store says of itself before its first shard."""
+    return sae.Manifest(
+        model_id=config.model,
+        revision=config.revision,
+        config_digest=cli.digest(dataclasses.asdict(model.config)),
+        tokenizer_digest=f"sha256:{tokenizer.digest}",
+        sites=tuple(str(site) for site in capture.resolve(model.config)),
+        dtype=config.dtype,
+        d_model=model.config.d_model,
+        seed=config.seed,
+        plan=sae.Plan(items, config.items_per_shard),
+        config={name: value for name, value in cli.jsonable(config).items() if name != "out"},
+        versions=cli.versions(),
+    )
+
+
+def report(config: Config, generated: int, seconds: float) -> None:
+    """Reads the store back and says what is in it."""
+    store = sae.ActivationStore.open(config.out)
+    store.verify()
+    items = [item for shard in store.shards for item in shard.items]
+    said = collections.Counter(item["outcome"] for item in items)
+    size = sum(shard.bytes for shard in store.shards)
+    table = Table(title="activation store", show_header=False)
+    table.add_row("tasks, test inputs", f"{len({item['task'] for item in items})}, {len(items)}")
+    table.add_row(
+        "prompt tokens, generated tokens",
+        f"{sum(i['prompt_tokens'] for i in items):,}, {sum(i['tokens'] for i in items):,}",
+    )
+    table.add_row(
+        "rows × sites × d_model",
+        f"{len(store):,} × {len(store.sites)} × {store.manifest.d_model} {store.manifest.dtype}",
+    )
+    table.add_row("bytes", f"{size / 1e6:,.1f} MB in {len(store.shards)} shards, digests verified")
+    if generated:
+        table.add_row("speed", f"{generated / seconds:,.1f} generated tok/s (prefill and compilation included)")
+    table.add_row("answers", ", ".join(f"{count} {name}" for name, count in said.most_common()))
+    table.add_row("where", str(config.out))
+    cli.console.print(table)
+    cli.console.print(f"next: python experiments/train_sae.py --source store --store {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

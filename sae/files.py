@@ -1,0 +1,146 @@
+"""Files that are whole or absent: atomic commits, strict JSON, safetensors mapped after their header was checked."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from sae.errors import InputError
+
+SAFETENSORS_DTYPES = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64",
+    "U32": "uint32", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+MAX_JSON_BYTES = 2**30  # a sidecar holds texts, never gigabytes of them
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `commit` made this file and was killed before its rename."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(path: Path, data: bytes) -> None:
+    """Write a file so that it is whole or absent after a kill: temporary name, fsync, rename, fsync the directory."""
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)  # left by a killed run
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two runs at once never share a file
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+def dump_json(value: Mapping[str, Any]) -> bytes:
+    """Canonical JSON: sorted keys, ASCII (a lone surrogate in a completion survives), no NaN."""
+    try:
+        return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metadata: found a value JSON cannot hold, expected plain finite values: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; anything else raises InputError."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: found {size} bytes, expected at most {MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}, expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: found no valid JSON ({error}), expected an object") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
+
+
+def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise InputError unless `found` has exactly the expected fields with values of the expected types."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected:
+            raise InputError(f"{path}: {prefix}{name}: found an unknown field, expected {', '.join(expected)}")
+        if name not in found:
+            raise InputError(f"{path}: {prefix}{name}: found nothing, expected {_spell_type(expected[name])}")
+        value = found[name]
+        if not isinstance(value, expected[name]) or isinstance(value, bool):
+            raise InputError(f"{path}: {prefix}{name}: found {value!r:.80}, expected {_spell_type(expected[name])}")
+
+
+def _spell_type(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one level of dotted names, to compare them field by field."""
+    flat: dict[str, Any] = {}
+    for name, field in value.items():
+        flat |= flatten(field, f"{prefix}{name}.") if isinstance(field, dict) and field else {prefix + name: field}
+    return flat
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor in a safetensors file, after the library has checked the whole header."""
+    return {name: (dtype, shape) for name, (dtype, shape, _) in _layout(path).items()}
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, mapped read-only: nothing is read before it is indexed."""
+    layout = _layout(path)
+    mapped = np.memmap(path, mode="r", dtype=np.uint8)
+    return {
+        name: np.asarray(mapped[begin:end]).view(numpy_dtype(dtype)).reshape(shape)
+        for name, (dtype, shape, (begin, end)) in layout.items()
+    }
+
+
+def _layout(path: Path) -> dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]:
+    """Dtype, shape and place in the file of each tensor."""
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            pass  # refuses headers that overlap, leave holes or reach beyond the file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}, expected a safetensors file") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: found no valid safetensors file ({error}), expected whole tensors") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    layout = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise InputError(f"{path}: {name}: dtype: found {entry['dtype']}, expected {', '.join(SAFETENSORS_DTYPES)}")
+        begin, end = entry["data_offsets"]
+        place = (8 + length + begin, 8 + length + end)
+        layout[name] = (SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), place)
+    return layout

@@ -1,0 +1,84 @@
+"""What an activation store is planned to hold, known before the first row: its manifest and the items of each shard."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sae import files
+from sae.errors import InputError
+
+FORMAT_VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which items each shard holds: shard s has items [s * items_per_shard, (s + 1) * items_per_shard)."""
+
+    items: int
+    items_per_shard: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.items // self.items_per_shard)
+
+    def items_of(self, shard: int) -> range:
+        if not 0 <= shard < self.shards:
+            raise InputError(f"shard: found {shard}, expected 0 to {self.shards - 1}, the plan's shards")
+        return range(shard * self.items_per_shard, min((shard + 1) * self.items_per_shard, self.items))
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What the whole store has in common; a run resumes a store only if every field agrees."""
+
+    model_id: str  # what the caller asked for: an embedded name, directory or hub id
+    revision: str | None  # of the hub snapshot
+    config_digest: str  # of the model's config
+    tokenizer_digest: str
+    sites: tuple[str, ...]  # names along the second axis of `activations`
+    dtype: str  # of the activations: a key of DTYPES
+    d_model: int
+    seed: int
+    plan: Plan
+    config: dict[str, Any]  # the resolved run config
+    versions: dict[str, str]  # package -> version
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.loads(files.dump_json(fields))  # as it will be read back: tuples become lists
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        found = files.read_json(path)
+        version = found.get("format_version", "nothing")
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format_version: found {version}, expected {FORMAT_VERSION}")
+        files.check_fields(path, found, {"format_version": int, **_MANIFEST_FIELDS})
+        files.check_fields(path, found["plan"], {"items": int, "items_per_shard": int}, prefix="plan.")
+        if not all(isinstance(site, str) for site in found["sites"]):
+            raise InputError(f"{path}: sites: found {found['sites']!r}, expected strings")
+        fields = {name: found[name] for name in _MANIFEST_FIELDS}
+        manifest = cls(**fields | {"sites": tuple(found["sites"]), "plan": Plan(**found["plan"])})
+        manifest.check(str(path))
+        return manifest
+
+    def check(self, where: str) -> None:
+        """Raise InputError unless the values make sense; `where` names the file or argument."""
+        rules = {
+            "sites": (self.sites, "distinct names, at least one", 0 < len(self.sites) == len(set(self.sites))),
+            "dtype": (self.dtype, f"one of {', '.join(DTYPES)}", self.dtype in DTYPES),
+            "d_model": (self.d_model, "at least 1", self.d_model > 0),
+            "plan.items": (self.plan.items, "0 to 2147483647", 0 <= self.plan.items < 2**31),
+            "plan.items_per_shard": (self.plan.items_per_shard, "at least 1", self.plan.items_per_shard > 0),
+        }
+        for field, (found, expected, holds) in rules.items():
+            if not holds:
+                raise InputError(f"{where}: {field}: found {found!r}, expected {expected}")
+
+
+_MANIFEST_FIELDS = {
+    "model_id": str, "revision": (str, type(None)), "config_digest": str, "tokenizer_digest": str, "sites": list,
+    "dtype": str, "d_model": int, "seed": int, "plan": dict, "config": dict, "versions": dict,
+}  # fmt: skip

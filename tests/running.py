@@ -1,0 +1,77 @@
+"""Helpers of generation tests, and experiments run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qwen_eqx
+import tiny
+import tolerances
+from qwen_eqx import Generation, Qwen
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [[5], [9, 8, 7], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]  # one token … exactly a bucket
+NEW = 6
+
+
+def run_experiment(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python experiments/NAME.py FLAGS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+@eqx.filter_jit
+def _forward(model: Qwen, tokens: jax.Array, sites: tuple[str, ...]):
+    return model.run_with_capture(tokens, sites)
+
+
+def forward(model: Qwen, tokens: list[int], sites: list[str], room: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [seq, vocab] and activations [sites, seq, d_model] of a plain pass, in one shape for all lengths."""
+    padded = jnp.asarray(tokens + [0] * (room - len(tokens)))  # no position sees a later one
+    logits, acts = _forward(model, padded, tuple(sites))
+    stacked = np.stack([np.asarray(acts[site], np.float32) for site in sites])
+    return np.asarray(logits)[: len(tokens)], stacked[:, : len(tokens)]
+
+
+@cache
+def greedy() -> Generation:
+    """What the small model says to PROMPTS; every site captured, prompt and all."""
+    return generate(PROMPTS)
+
+
+def generate(prompts: list[list[int]], **options: Any) -> Generation:
+    model = options.pop("model", tiny.model())
+    capture = qwen_eqx.Capture(sites=tiny.d_model_sites(model.config), positions="all")
+    return qwen_eqx.generate(model, prompts, **({"max_new_tokens": NEW, "capture": capture} | options))
+
+
+def assert_same(found: Generation, expected: Generation, rows: list[int] | None = None, exact: bool = False):
+    """Every field alike; `rows`: which rows of `expected` were found. Prompts stand at the right of their buffer."""
+    pick = list(range(len(expected.lengths))) if rows is None else rows
+    np.testing.assert_array_equal(found.tokens, np.asarray(expected.tokens)[pick])
+    np.testing.assert_array_equal(found.lengths, np.asarray(expected.lengths)[pick])
+    pairs = [(np.asarray(found.log_probs), np.asarray(expected.log_probs)[pick])]
+    if found.activations is not None and expected.activations is not None:
+        pairs.append((np.asarray(found.activations), np.asarray(expected.activations)[:, pick]))
+    if found.prompt_activations is not None and expected.prompt_activations is not None:
+        ours, theirs = np.asarray(found.prompt_activations), np.asarray(expected.prompt_activations)
+        width = min(ours.shape[2], theirs.shape[2])
+        pairs.append((ours[:, :, -width:], theirs[:, pick, -width:]))
+    for ours, theirs in pairs:
+        if exact:
+            assert ours.tobytes() == theirs.tobytes()
+        else:
+            np.testing.assert_allclose(ours, theirs, **tolerances.SAME_F32)

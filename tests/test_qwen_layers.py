@@ -1,0 +1,98 @@
+"""The parts of a block, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracles
+import tolerances
+from qwen_eqx.attention import attend
+from qwen_eqx.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
+
+
+def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+def wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32)).astype(np.float64)
+
+
+@given(seed=st.integers(0, 99), scale=st.sampled_from([0.0, 1e-4, 1.0, 1e4, 1e18]))
+def test_rms_norm(seed: int, scale: float):
+    """Large rows too: an attention sink's norm is a thousand times the median."""
+    norm = RMSNorm(normal(seed, 8), 1e-6)
+    x = normal(seed + 1, 3, 8) * scale
+    np.testing.assert_allclose(norm(x), oracles.rms_norm(wide(x), wide(norm.weight), 1e-6), **tolerances.SAME_F32)
+
+
+def test_rms_norm_in_bfloat16_squares_in_float32():
+    norm = RMSNorm(normal(0, 64, dtype="bfloat16"), 1e-6)
+    x = normal(1, 3, 64, dtype="bfloat16")
+    assert norm(x).dtype == jnp.bfloat16
+    expected = oracles.rms_norm(wide(x), wide(norm.weight), 1e-6)
+    np.testing.assert_allclose(wide(norm(x)), expected, rtol=2**-8)  # one rounding, at the end
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (8,), (2, 3), (3, 5)])
+def test_linear_accumulates_in_float32(rows: tuple[int, ...], dtype: str):
+    """Any leading dimensions; below and above the row count at which a bf16 product is padded."""
+    layer = Linear(normal(0, 5, 96, dtype=dtype), normal(1, 5, dtype=dtype))
+    x = normal(2, *rows, 96, dtype=dtype)
+    expected = wide(x) @ wide(layer.weight).T + wide(layer.bias)
+    assert layer(x).dtype == jnp.float32
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(matmul(x, layer.weight), expected - wide(layer.bias), rtol=1e-5, atol=2e-5)
+
+
+def test_linear_without_bias():
+    layer = Linear.init(4, 3, bias=False, dtype=jnp.float32, key=jax.random.key(0))
+    x = normal(0, 2, 4)
+    assert layer.bias is None
+    np.testing.assert_allclose(layer(x), wide(x) @ wide(layer.weight).T, **tolerances.SAME_F32)
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=5)
+def test_swiglu(seed: int):
+    mlp = SwiGLU(*(Linear(normal(seed + i, *shape), None) for i, shape in enumerate([(6, 4), (6, 4), (4, 6)])))
+    x = normal(seed + 9, 3, 4)
+    hidden = oracles.silu(wide(x) @ wide(mlp.gate.weight).T) * (wide(x) @ wide(mlp.up.weight).T)
+    np.testing.assert_allclose(mlp.hidden(x), hidden, **tolerances.SAME_F32)
+    np.testing.assert_allclose(mlp.down(mlp.hidden(x)), hidden @ wide(mlp.down.weight).T, rtol=1e-4, atol=1e-4)
+
+
+def test_embedding_looks_rows_up():
+    embed = Embedding(normal(0, 7, 3))
+    ids = np.asarray([[0, 6], [3, 3]])
+    np.testing.assert_array_equal(embed(jnp.asarray(ids)), np.asarray(embed.table)[ids])
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=5)
+def test_attend_groups_query_heads_over_key_heads(seed: int):
+    seq, kv_heads, group, d_head = 5, 2, 3, 4
+    q = normal(seed, 1, seq, kv_heads, group, d_head)
+    k, v = normal(seed + 1, 1, kv_heads, seq, d_head), normal(seed + 2, 1, kv_heads, seq, d_head)
+    causal = jnp.tril(jnp.ones((1, seq, seq), bool))
+    z = attend(q, k, v, causal)
+    for head in range(kv_heads):
+        for member in range(group):
+            expected = oracles.attention(wide(q[0, :, head, member]), wide(k[0, head]), wide(v[0, head]))
+            np.testing.assert_allclose(z[0, :, head, member], expected, **tolerances.SAME_F32)
+
+
+def test_what_the_mask_hides_cannot_matter():
+    q, k, v = normal(0, 1, 2, 1, 2, 4), normal(1, 1, 1, 3, 4), normal(2, 1, 1, 3, 4)
+    mask = jnp.asarray([[[True, True, False], [True, True, False]]])
+    other = attend(q, k.at[:, :, 2].set(1e30), v.at[:, :, 2].set(1e30), mask)
+    np.testing.assert_array_equal(attend(q, k, v, mask), other)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    q, k, v = normal(0, 1, 1, 1, 1, 4), normal(1, 1, 1, 3, 4), normal(2, 1, 1, 3, 4)
+    assert np.isfinite(attend(q, k, v, jnp.zeros((1, 1, 3), bool))).all()

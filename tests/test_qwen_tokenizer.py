@@ -1,0 +1,301 @@
+"""Text, ids and chats: round trips, transformers' own answers (tests/golden/make_tokens.py), and what is refused."""
+
+import json
+import shutil
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_eqx import InputError, Tokenizer
+from qwen_eqx.chat import ChatTemplate
+from qwen_eqx.hub import EMBEDDED
+from qwen_eqx.tokenizer import bucket, check_ids, pad_left
+
+ROOT = Path(__file__).parent.parent
+DIRECTORIES = {"tiny-arc": EMBEDDED / "tiny-arc", "qwen2.5": ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer"}
+VOCAB = {"tiny-arc": 512, "qwen2.5": 151936}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "tokens.json").read_text())
+
+
+@cache
+def load(name: str) -> Tokenizer:
+    if not DIRECTORIES[name].exists():
+        pytest.skip(f"{name}'s tokenizer files are not here")
+    return Tokenizer.from_directory(DIRECTORIES[name], vocab_size=VOCAB[name])
+
+
+@pytest.fixture(params=["tiny-arc", "qwen2.5"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_texts_become_the_ids_that_transformers_gives(name: str):
+    tokenizer = load(name)
+    for item in GOLDEN[name]["texts"]:
+        ids = tokenizer.encode(item["text"])
+        assert ids == item["ids"], item["text"]
+        assert tokenizer.decode(ids) == item["decoded"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == item["bare"]
+
+
+def test_chats_render_as_transformers_renders_them(name: str):
+    tokenizer = load(name)
+    for item in GOLDEN[name]["chats"]:
+        assert tokenizer.render_chat(item["messages"], add_generation_prompt=item["prompt"]) == item["text"]
+        assert tokenizer.apply_chat_template(item["messages"], add_generation_prompt=item["prompt"]) == item["ids"]
+
+
+@given(text=TEXT)
+def test_decode_gives_back_the_normalized_text(text: str):
+    tokenizer = load("tiny-arc")
+    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+@given(data=st.binary(max_size=40))
+def test_every_byte_has_a_token(data: bytes):
+    tokenizer = load("tiny-arc")
+    alphabet = _byte_alphabet()
+    ids = [tokenizer.token_to_id(alphabet[byte]) for byte in data]
+    assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's characters for bytes: printable ones stand for themselves, the others count up from 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+@given(digits=st.text("0123456789", min_size=1, max_size=30))
+def test_every_digit_is_one_token(digits: str):
+    tokenizer = load("tiny-arc")
+    assert [tokenizer.id_to_token(token) for token in tokenizer.encode(digits)] == list(digits)
+
+
+def test_what_the_files_say(name: str):
+    tokenizer = load(name)
+    assert tokenizer.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert tokenizer.pad_id == tokenizer.token_to_id("<|endoftext|>")
+    assert tokenizer.eos_id == tokenizer.token_to_id("<|im_end|>")
+    assert tokenizer.vocab_size == VOCAB[name]
+    assert tokenizer.largest_id < tokenizer.vocab_size
+    assert len(tokenizer.digest) == 64
+
+
+def test_generation_config_adds_stop_tokens():
+    assert load("tiny-arc").eos_ids == (511, 509)
+
+
+def test_ids_may_come_as_arrays():
+    tokenizer = load("tiny-arc")
+    ids = tokenizer.encode("as arrays")
+    for given_ids in (np.array(ids), jnp.array(ids), list(jnp.array(ids)), tuple(ids), iter(ids)):
+        assert tokenizer.decode(given_ids) == "as arrays"
+
+
+def test_an_id_only_the_model_has_decodes_to_nothing():
+    tokenizer = Tokenizer.from_directory(DIRECTORIES["tiny-arc"], vocab_size=600)
+    assert tokenizer.decode([*tokenizer.encode("a"), 599, *tokenizer.encode("b")]) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([512], r"ids\[0\]: found 512, expected a token id in 0..511"),
+        ([3, -1], r"ids\[1\]: found -1"),
+        ([1.5], "expected a flat list of whole numbers"),
+        ([[1, 2]], "expected a flat list of whole numbers"),
+        (["a"], "expected a flat list of whole numbers"),
+        (7, "expected a flat list of whole numbers"),
+        (np.zeros((2, 2), np.int32), "expected a flat list of whole numbers"),
+        (np.array(3), "expected a flat list of whole numbers"),
+    ],
+)
+def test_no_ids(ids, message: str):
+    with pytest.raises(InputError, match=message):
+        load("tiny-arc").decode(ids)
+    with pytest.raises(InputError, match=message):
+        check_ids(ids, 512)
+
+
+def test_a_lone_surrogate_is_no_text():
+    with pytest.raises(InputError, match=r"text: found the lone surrogate '\\ud800' at 5"):
+        load("tiny-arc").encode("lone \ud800 surrogate")
+
+
+def test_unknown_token():
+    with pytest.raises(InputError, match=r"'<\|nothing\|>': found no such token"):
+        load("tiny-arc").token_to_id("<|nothing|>")
+
+
+def toy(directory: Path, backend: tokenizers.Tokenizer, **settings) -> Path:
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_a_character_no_token_covers_is_refused_not_dropped(tmp_path: Path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    tokenizer = Tokenizer.from_directory(toy(tmp_path, backend))
+    assert tokenizer.encode("abba") == [0, 1, 1, 0]
+    with pytest.raises(InputError, match="found 'c' at 2"):
+        tokenizer.encode("abc")
+
+
+def test_truncation_left_in_the_file_cuts_nothing(tmp_path: Path):
+    backend = tokenizers.Tokenizer.from_file(str(DIRECTORIES["tiny-arc"] / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    text = "one two three four five"
+    assert Tokenizer.from_directory(toy(tmp_path, backend)).encode(text) == load("tiny-arc").encode(text)
+
+
+def test_a_base_model_has_no_chat(tmp_path: Path):
+    backend = tokenizers.Tokenizer.from_file(str(DIRECTORIES["tiny-arc"] / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(toy(tmp_path, backend))
+    assert tokenizer.pad_id == 0
+    assert tokenizer.eos_id is None
+    with pytest.raises(InputError, match="chat_template: found none"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def test_where_a_template_may_stand(tmp_path: Path):
+    for file in ("tokenizer.json", "generation_config.json"):
+        shutil.copy(DIRECTORIES["tiny-arc"] / file, tmp_path / file)
+    settings = tmp_path / "tokenizer_config.json"
+    hello = [{"role": "user", "content": "x"}]
+    settings.write_text(json.dumps({"chat_template": "one"}))
+    assert Tokenizer.from_directory(tmp_path).render_chat(hello) == "one"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]
+    settings.write_text(json.dumps({"chat_template": named}))
+    assert Tokenizer.from_directory(tmp_path).render_chat(hello) == "two"
+    (tmp_path / "chat_template.jinja").write_text("three {{ enable_thinking }}{{ eos_token }}")
+    settings.write_text(json.dumps({"chat_template": "one", "eos_token": {"content": "<|im_end|>"}}))
+    shown = Tokenizer.from_directory(tmp_path).render_chat(hello, enable_thinking=False)
+    assert shown == "three False<|im_end|>"
+
+
+def test_digest_follows_the_files(tmp_path: Path):
+    shutil.copytree(DIRECTORIES["tiny-arc"], tmp_path / "copy")
+    assert Tokenizer.from_directory(tmp_path / "copy").digest == load("tiny-arc").digest
+    (tmp_path / "copy" / "chat_template.jinja").write_text("other")
+    assert Tokenizer.from_directory(tmp_path / "copy").digest != load("tiny-arc").digest
+
+
+def render(template: str, messages=({"role": "user", "content": "<é>"},)) -> str:
+    return ChatTemplate(template, "here").render(messages, {"add_generation_prompt": False})
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ loop.index }}/{{ loop.length }} {{ loop.last }}{% endfor %}", "1/1 True"),
+        ("{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "02"),
+        ("{% for i in range(5) %}{{ i }}{% break %}{% endfor %}", "0"),
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "<é>"}'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{% generation %}{{ 1 }}{% endgeneration %}!", "1!"),
+        ("{{ 'a' ~ 1 ~ none }}{{ 'ab' * 2 }}{{ '%s-%d' % ('x', 3) }}", "a1Noneababx-3"),
+        ("{{ messages | map(attribute='role') | join(',') | upper }}", "USER"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 2 ** 3 %}{% endfor %}{{ ns.n }}", "8"),
+        ("{% if tools %}x{% endif %}{% for q in nothing %}{% endfor %}{{ nothing }}", ""),
+        ("{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(messages[-1].content.strip('<>')) }}", "<é>"),
+        ("  {% if true %}\nkept\n  {% endif %}\nend", "kept\nend"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+    ],
+)  # fmt: skip
+def test_templates_render(template: str, expected: str):
+    assert render(template) == expected
+
+
+HOSTILE = [
+    "{{ 'x' * 10**9 }}",
+    "{{ 'x' * 1000000000 }}",
+    "{{ [1] * 1000000000 }}",
+    "{{ range(1000000000) }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set x %}{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}{% endset %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x|tojson }}",
+    "{% set ns = namespace(x=2) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
+    "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "{{ 'x'.center(1000000000) }}",
+    "{{ 'x' | center(1000000000) }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%1000000000d' | format(1) }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 1000000000) }}",
+    "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}",
+    "{{ ([('x' * 1000000)] * 4000) | join }}",
+    "{{ ''.join([('x' * 1000000)] * 4000) }}",
+    "{{ ([('x' * 1000000)] * 4000) | map('upper') | join }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.append(1) }}",
+    "{{ raise_exception('refused by the template') }}",
+    "{% include 'other' %}",
+    "{{ lipsum(n=10000000) }}",
+    "{{ 1 / 0 }}",
+    "{% for x in y",
+    "{{ " + "(" * 9000 + ")" * 9000 + " }}",
+    "x" * 70000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:40])
+def test_hostile_templates_end_in_one_line(template: str):
+    with pytest.raises(InputError, match=r"^here: chat_template: found ") as caught:
+        render(template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_meter_counts_one_rendering_not_their_sum():
+    template = ChatTemplate("{{ 'x' * 1000000 }}", "here")
+    for _ in range(200):
+        assert len(template.render([{"role": "user"}], {})) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    "messages", ["hi", {"role": "user"}, [], ["hi"], [{"content": "x"}], [{"role": object()}], None, 3]
+)
+def test_no_conversation(messages):
+    with pytest.raises(InputError, match=r"^messages"):
+        load("tiny-arc").apply_chat_template(messages)
+
+
+@given(length=st.integers(0, 100_000))
+def test_buckets_hold_and_waste_at_most_a_third(length: int):
+    size = bucket(length)
+    assert size >= length
+    assert bucket(size) == size
+    assert size == 16 or length > size * 2 / 3 - 1
+
+
+def test_the_ladder():
+    assert [bucket(n) for n in (1, 17, 200, 257, 385, 513, 769, 1025, 1537)] == [
+        16, 24, 256, 384, 512, 768, 1024, 1536, 2048
+    ]  # fmt: skip
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 511), max_size=9), min_size=1, max_size=5), pad=st.integers(0, 511))
+def test_left_padding_keeps_every_row_at_the_right(rows: list[list[int]], pad: int):
+    padded = pad_left(rows, 9, pad)
+    assert padded.shape == (len(rows), 9)
+    assert padded.dtype == np.int32
+    for row, found in zip(rows, padded.tolist(), strict=True):
+        assert found == [pad] * (9 - len(row)) + row
+
+
+def test_a_row_longer_than_the_padding():
+    with pytest.raises(InputError, match=r"rows\[1\]: found 3 tokens, expected at most length=2"):
+        pad_left([[1], [1, 2, 3]], 2, 0)
