@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import augmentations, grids, tasks
 
 import arc
 from arc.augment import IDENTITY, SYMMETRIES, Augmentation, sample, sample_many
+from strategies import augmentations, grids, tasks
 
 NUMPY = {
     "identity": lambda g: g,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import tasks
 
 import arc
+from strategies import tasks
 
 SIZES = {
     "arc-agi-1/training": 400,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import grids, tasks
 
 import arc
+from strategies import grids, tasks
 
 
 @given(grid=grids())

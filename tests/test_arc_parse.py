@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import grids
 
 import arc
 from arc.parse import parse
+from strategies import grids
 
 NAMES = [*arc.ENCODERS, "shape(rows(words))", "code(separated(' '))", "separated(', ')", "rows(symbols(minimal))"]
 GRID = [[0, 1, 2], [3, 4, 5]]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import grids, tasks
 
 import arc
 from arc import submission
+from strategies import grids, tasks
 
 ranked = st.lists(st.one_of(st.none(), grids(5)), max_size=4)
 predictions = st.dictionaries(

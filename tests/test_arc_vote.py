@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import augmentations, grids
 
 import arc
 from arc.ask import Completion, Request, Sample, ask, read, requests
 from arc.parse import Parsed
 from arc.vote import by_class, by_count, by_log_prob, rescore
+from strategies import augmentations, grids
 
 A, B, C = (arc.as_grid([[colour]]) for colour in (1, 2, 3))
 

@@ -18,7 +18,7 @@ ORDER = {
     "arc": [
         "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
         "submission", "score", "family", "cells", "families_whole", "families_objects", "generators",
-        "render", "__init__",
+        "canvas", "render", "__init__",
     ],
     "sae": [
         "errors", "files", "sparse", "abstract", "models", "losses", "buffer", "plan", "store", "metrics", "train",
