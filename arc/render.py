@@ -66,9 +66,14 @@ def value_panel(title: str, grid: Grid, values: np.ndarray) -> Panel:
     return Panel(title, grid, values=np.asarray(values, np.float64))
 
 
+def page_of(panels: Sequence[Panel], columns: int = 6) -> list[list[Panel]]:
+    """Many panels in rows of `columns`."""
+    return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+
+
 def canvas(page: Page, cell: int = 16) -> Canvas:
     """The page laid out, every cell `cell` pixels wide."""
-    rows = [[panel for panel in row] for row in page]
+    rows = [list(row) for row in page]
     if not rows or not all(rows):
         raise InputError("page: found an empty page or row, expected panels")
     values = [np.abs(panel.values) for row in rows for panel in row if panel.values is not None]

@@ -72,6 +72,13 @@ def test_values_are_areas_on_one_scale_for_the_page():
     assert re.findall(r"m( \d| \?)", ansi([[panel]])) == [" 9", " 2", " 0", " ?"]
 
 
+def test_a_page_of_many_loses_none():
+    panels = [Panel(str(number), A) for number in range(8)]
+    page = arc.render.page_of(panels, 3)
+    assert [len(row) for row in page] == [3, 3, 2]
+    assert sum(page, []) == panels
+
+
 @given(task=tasks())
 def test_any_task_can_be_saved(tmp_path_factory, task):
     folder = tmp_path_factory.mktemp("pictures")
