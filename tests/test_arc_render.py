@@ -76,7 +76,7 @@ def test_a_page_of_many_loses_none():
     panels = [Panel(str(number), A) for number in range(8)]
     page = arc.render.page_of(panels, 3)
     assert [len(row) for row in page] == [3, 3, 2]
-    assert sum(page, []) == panels
+    assert [panel for row in page for panel in row] == panels
 
 
 @given(task=tasks())
