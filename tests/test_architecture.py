@@ -17,7 +17,8 @@ ORDER = {
     ],
     "arc": [
         "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
-        "submission", "score", "generators", "render", "__init__",
+        "submission", "score", "family", "cells", "families_whole", "families_objects", "generators",
+        "canvas", "render", "__init__",
     ],
     "sae": [
         "errors", "files", "sparse", "abstract", "models", "losses", "objectives", "state", "step", "buffer", "plan",
