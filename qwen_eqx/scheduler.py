@@ -227,10 +227,12 @@ def _admit(what: Admission, state: GenerationState) -> GenerationState:
     cache = KVCache(layers, state.cache.index, state.cache.length.at[seat].set(one.cache.length[0]))
     column = state.column - one.column
 
-    def place(rows: Array | None, part: Array | None, axis: int = 0) -> Array | None:
-        if rows is None or part is None:
-            return rows
+    def place(rows: Array, part: Array, axis: int = 0) -> Array:
         return write_slice(rows, roll(part, column, axis=axis + 1), seat, axis=axis)
+
+    activations = state.activations
+    if activations is not None and one.activations is not None:
+        activations = place(activations, one.activations, axis=1)
 
     def put(rows: Array, part: Array) -> Array:
         return rows.at[seat].set(part[0])
@@ -240,7 +242,7 @@ def _admit(what: Admission, state: GenerationState) -> GenerationState:
         token=put(state.token, one.token),
         tokens=place(state.tokens, one.tokens),
         log_probs=place(state.log_probs, one.log_probs),
-        activations=place(state.activations, one.activations, axis=1),
+        activations=activations,
         seen=None if state.seen is None or one.seen is None else put(state.seen, one.seen),
         column=state.column,
         first=state.first.at[seat].set(column),
