@@ -25,7 +25,8 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
 
 
 EXAMPLES = [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))]
