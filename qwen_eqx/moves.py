@@ -43,6 +43,11 @@ def read_slice(buffer: Num[Array, "*shape"], at: Int[Array, ""], size: int, *, a
     return _as_integers(lambda bits: jax.lax.dynamic_slice_in_dim(bits, at, size, axis=axis), buffer)
 
 
+def roll(value: Num[Array, "*shape"], by: Int[Array, ""], *, axis: int) -> Num[Array, "*shape"]:
+    """Entry i of `axis` goes to (i + by) mod its length."""
+    return _as_integers(lambda bits: jnp.roll(bits, by, axis=axis), value)
+
+
 def while_in_place(
     more: Callable[[CarryT], Bool[Array, ""]], step: Callable[[CarryT], CarryT], carry: CarryT, *, stride: int
 ) -> CarryT:

@@ -156,8 +156,9 @@ def _invert(weights: Float32[Array, "batch n"], uniform: Float32[Array, " batch"
     """The first index whose cumulative weight exceeds uniform · total; never one of weight zero."""
     cumulative = jnp.cumsum(weights, axis=-1)
     target = uniform[:, None] * cumulative[:, -1:]
-    reached = jnp.argmax(cumulative > target, axis=-1)
-    return jnp.where((cumulative > target).any(-1), reached, jnp.argmax(weights, axis=-1))
+    # a sum taken as a tree is not monotone in its last bit: a weight of zero can seem to step over the target
+    reached = (cumulative > target) & (weights > 0)
+    return jnp.where(reached.any(-1), jnp.argmax(reached, axis=-1), jnp.argmax(weights, axis=-1))
 
 
 def _least_kept(probs: Float32[Array, "batch vocab"], p: Float32[Array, ""]) -> Float32[Array, " batch"]:
