@@ -6,7 +6,6 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import tyro
 from jaxtyping import Array, Float
 
 import measure
@@ -69,8 +68,8 @@ def figures(
         f"{step / floor:.2f}",
         f"{1e3 * products:.1f}",
         f"{step / products:.2f}",
-        peer_ms and f"{peer_ms:.1f}",
-        peer_ms and f"{1e3 * step / peer_ms:.2f}",
+        None if peer_ms is None else f"{peer_ms:.1f}",
+        None if peer_ms is None else f"{1e3 * step / peer_ms:.2f}",
     ]
 
 
@@ -96,4 +95,4 @@ def _products(model: Qwen, x: Float[Array, "batch d_model"], steps: int) -> Floa
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    measure.run(main, Config)

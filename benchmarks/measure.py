@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, Float
 
 import qwen_eqx
@@ -25,7 +26,18 @@ from qwen_eqx.layers import matmul, normal_weight
 from qwen_eqx.moves import while_in_place
 
 TINY = QwenConfig("qwen2", 320, 32, 2, 4, 2, 8, 64, 512, rope_theta=10_000.0, tied=True)  # to see that the script runs
+ConfigT = TypeVar("ConfigT")
 PEER = Path(__file__).with_name("transformers_peer.py")
+
+
+def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
+    """Parses flags into `config` and runs `main`; wrong input is one line and exit code 2."""
+    arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
+    try:
+        main(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def config_of(shape: str) -> QwenConfig:
@@ -144,9 +156,12 @@ def peer(python: Path | None, config: QwenConfig, **ask: Any) -> dict[str, Any] 
         return None
     say(f"transformers, {ask}")
     asked = json.dumps(ask | {"config": config.to_hf(ask["dtype"])})
-    done = subprocess.run([str(python), str(PEER)], input=asked, capture_output=True, text=True)
+    try:
+        done = subprocess.run([str(python), str(PEER)], input=asked, capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
     if done.returncode:
-        raise InputError(f"peer-python: {python} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise InputError(f"peer-python: {python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
