@@ -12,6 +12,7 @@ RUNS = {
     "decode": ["--dtypes", "bfloat16", "--batches", "2", "--prompt", "20", "--steps", "2", "--repeats", "1"],
     "prefill": ["--prompts", "20", "--repeats", "1"],
     "capture": ["--batches", "2", "--layers", "1", "--prompt", "20", "--lengths", "16", "--steps", "2", "--repeats", "1"],
+    "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
     "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
 }  # fmt: skip
 
