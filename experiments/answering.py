@@ -80,7 +80,7 @@ def questions(
     found = []
     for view, repeat in asked:
         try:
-            requests: list[Request | None] = list(arc.ask.requests(task, [view], asking))
+            requests: Sequence[Request | None] = list(arc.ask.requests(task, [view], asking))
             why = ""
         except arc.InputError as error:  # too long even with one training pair
             requests, why = [None] * len(task.test), str(error)

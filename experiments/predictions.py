@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import arc
+import cli
 from answering import Answer, Question
 from arc.task import same
 
@@ -68,6 +69,61 @@ def rank(samples: Sequence[arc.Sample], lines: Sequence[Line], select: str) -> l
     return sorted(ranked, key=lambda c: -np.inf if c.score is None else c.score, reverse=True)  # stable among equals
 
 
+def choose(
+    task: arc.Task, lines: Sequence[Line], encoder: str, begun: str, select: str
+) -> list[list[arc.vote.Candidate]]:
+    """Candidates for each test input of a task, best first."""
+    ranked = []
+    for test in range(len(task.test)):
+        mine = [fields for fields in lines if fields["test"] == test]
+        ranked.append(rank(samples_of(mine, encoder, begun), mine, select))
+    return ranked
+
+
+def has_answers(task: arc.Task) -> bool:
+    return all(pair.output is not None for pair in task.test)
+
+
+class Tally:
+    """What is solved and parsed so far, for the progress bar."""
+
+    def __init__(self, choose: Callable[[arc.Task, Sequence[Line]], list[list[arc.vote.Candidate]]]):
+        self.choose, self.solved, self.parsed, self.all = choose, 0.0, 0, 0
+
+    def add(self, task: arc.Task, lines: Sequence[Line]) -> None:
+        self.all += len(lines)
+        self.parsed += sum(fields.get("grid") is not None for fields in lines)
+        if has_answers(task):
+            grids = [[candidate.grid for candidate in ranked] for ranked in self.choose(task, lines)]
+            self.solved += arc.score(arc.submission.to_json(arc.submission.from_predictions({task.id: grids})), [task])
+
+    def note(self, known: int) -> str:
+        return f"{self.solved:g}/{known} solved · {self.parsed / max(1, self.all):.0%} parsed"
+
+
+def same_run(directory: Path, wanted: dict[str, Any]) -> None:
+    """Writes what a resumed run must agree with; raises, naming the differences, if another run stands there."""
+    path = directory / "resume.json"
+    if not path.exists():
+        if (directory / "predictions.jsonl").exists():
+            raise arc.InputError(
+                f"--out {directory}: found predictions.jsonl without resume.json, expected both or none"
+            )
+        cli.write_text(path, json.dumps(wanted, indent=2) + "\n")
+        return
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise arc.InputError(f"{path}: found no JSON object, expected what an earlier run wrote") from None
+    differences = [
+        f"{name}={there.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise arc.InputError(f"--out {directory}: found another run, expected the same: {'; '.join(differences)}")
+
+
 class File:
     """The file as it grows; opening it drops what a kill left half-written: a cut line, a task without all its lines."""
 
@@ -99,12 +155,12 @@ class File:
     def _line(self, text: bytes, block: list[Line], tasks: Sequence[arc.Task]) -> Line:
         expected = tasks[len(self.done)].id if len(self.done) < len(tasks) else "no further line"
         try:
-            found = json.loads(text)
+            found: Line = dict(json.loads(text))
             right = found["task"] == expected and found["prediction"] == len(block) < found["of"]
         except (ValueError, TypeError, KeyError):
-            found, right = None, False
+            found, right = {}, False
         if not right:
-            said = f"task {found['task']!r}" if isinstance(found, dict) and "task" in found else repr(text[:40])
+            said = f"task {found['task']!r}" if "task" in found else repr(text[:40])
             number = sum(map(len, self.done)) + len(block) + 1
             raise arc.InputError(
                 f"{self.path}: line {number}: found {said}, expected line {len(block)} of task {expected}"

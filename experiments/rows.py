@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 import cli
 import qwen_eqx
@@ -17,8 +17,8 @@ def of_sequence(
     prompt: Sequence[int],
     tokens: Sequence[int] | np.ndarray,
     number: int,
-    activations: Float[jax.Array, "sites new d_model"],
-    prompt_activations: Float[jax.Array, "sites prompt d_model"] | None,
+    activations: Float[Array, "sites new d_model"],
+    prompt_activations: Float[Array, "sites prompt d_model"] | None,
 ) -> sae.Rows:
     """The stored rows of one prompt and what followed: the activation at a position, with the token read there.
 
@@ -41,7 +41,7 @@ def nothing(manifest: sae.Manifest) -> sae.Rows:
     """No rows: of an item that had no prompt."""
     empty = np.empty(0, np.int32)
     shape = (0, len(manifest.sites), manifest.d_model)
-    return sae.Rows(np.empty(shape, sae.files.numpy_dtype(manifest.dtype)), empty, empty, empty, np.empty(0, bool))
+    return sae.Rows(np.empty(shape, jnp.dtype(manifest.dtype)), empty, empty, empty, np.empty(0, bool))
 
 
 def manifest(

@@ -104,7 +104,7 @@ def main(config: Config) -> None:
         cli.console.print(f"going on after {len(run.file.done)} of {len(tasks)} tasks")
     cli.record_run(config.out, config)
     run.generate()
-    finish(config, tasks, run.file.done)
+    finish(run)
 
 
 def check(config: Config) -> None:
@@ -130,6 +130,7 @@ class Run:
     def __init__(self, config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, tasks: Sequence[arc.Task]):
         self.config, self.model, self.tokenizer, self.tasks = config, model, tokenizer, tasks
         self.encoder = arc.encode.as_encoder(config.encoder)
+        self.begun = arc.prefill(config.encoder, config.prompt)
         budget = model.config.max_seq - config.max_new_tokens
         self.asking = arc.Asking(
             encoder=self.encoder,
@@ -146,7 +147,7 @@ class Run:
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
         cli.fresh_directory(config.out)
-        same_run(config, tasks, self.facts())
+        predictions.same_run(config.out, settled(config) | self.facts())
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task
         self.file = predictions.File(config.out / "predictions.jsonl", tasks)
@@ -183,7 +184,7 @@ class Run:
     def generate(self) -> None:
         """Every task that is not done, `tasks_together` at a time, a line of the file per completion."""
         together = self.config.tasks_together
-        solved, known = Solved(self.config), len([task for task in self.tasks if has_answers(task)])
+        solved, known = predictions.Tally(self.choose), len(list(filter(predictions.has_answers, self.tasks)))
         for task, lines in zip(self.tasks, self.file.done, strict=False):
             solved.add(task, lines)
         done = len(self.file.done)
@@ -220,6 +221,9 @@ class Run:
             symmetries=c.symmetries, colours=c.colours, pair_order=c.pair_order,
         )  # fmt: skip
         return answering.questions(task, asked, self.asking, self.tokenizer)
+
+    def choose(self, task: arc.Task, lines: Sequence[Line]) -> list[list[arc.vote.Candidate]]:
+        return predictions.choose(task, lines, self.config.encoder, self.begun, self.config.select)
 
     def lines(self, task: arc.Task, found: list[tuple[Question, list[Answer]]], first: int) -> list[Line]:
         """What is written of a task; captured rows go to their shard."""
@@ -264,71 +268,16 @@ def settled(config: Config) -> dict[str, Any]:
     return found | {"select": RESCORED if config.select == RESCORED else "any but rescore"}
 
 
-def same_run(config: Config, tasks: Sequence[arc.Task], facts: dict[str, Any]) -> None:
-    """Writes what a resumed run must agree with; raises, naming the differences, if another run stands there."""
-    path, wanted = config.out / "resume.json", settled(config) | facts
-    if not path.exists():
-        if (config.out / "predictions.jsonl").exists():
-            raise arc.InputError(
-                f"--out {config.out}: found predictions.jsonl without resume.json, expected both or none"
-            )
-        cli.write_text(path, json.dumps(wanted, indent=2) + "\n")
-        return
-    try:
-        there = json.loads(path.read_text())
-    except ValueError:
-        raise arc.InputError(f"{path}: found no JSON, expected what an earlier run wrote") from None
-    differences = [
-        f"{name}={there.get(name)!r} there, {wanted.get(name)!r} here"
-        for name in sorted(there.keys() | wanted.keys())
-        if there.get(name) != wanted.get(name)
-    ]
-    if differences:
-        raise arc.InputError(f"--out {config.out}: found another run, expected the same: {'; '.join(differences)}")
-
-
-def has_answers(task: arc.Task) -> bool:
-    return all(pair.output is not None for pair in task.test)
-
-
-def choose(config: Config, task: arc.Task, lines: Sequence[Line]) -> list[list[arc.vote.Candidate]]:
-    """Candidates for each test input of a task, best first."""
-    begun = arc.prefill(config.encoder, config.prompt)
-    ranked = []
-    for test in range(len(task.test)):
-        mine = [fields for fields in lines if fields["test"] == test]
-        ranked.append(predictions.rank(predictions.samples_of(mine, config.encoder, begun), mine, config.select))
-    return ranked
-
-
-class Solved:
-    """Counts for the progress bar."""
-
-    def __init__(self, config: Config):
-        self.config, self.solved, self.parsed, self.all = config, 0.0, 0, 0
-
-    def add(self, task: arc.Task, lines: Sequence[Line]) -> None:
-        self.all += len(lines)
-        self.parsed += sum(fields.get("grid") is not None for fields in lines)
-        if has_answers(task):
-            grids = [[candidate.grid for candidate in ranked] for ranked in choose(self.config, task, lines)]
-            self.solved += arc.score(arc.submission.to_json(arc.submission.from_predictions({task.id: grids})), [task])
-
-    def note(self, known: int) -> str:
-        parsed = f"{self.parsed / self.all:.0%} parsed" if self.all else "0% parsed"
-        return f"{self.solved:g}/{known} solved · {parsed}"
-
-
-def finish(config: Config, tasks: Sequence[arc.Task], done: Sequence[Sequence[Line]]) -> None:
+def finish(run: Run) -> None:
     """Chooses, writes the submission and the report, and says how good it is where the answers are known."""
-    chosen = {task.id: choose(config, task, lines) for task, lines in zip(tasks, done, strict=True)}
+    config, tasks, done = run.config, run.tasks, run.file.done
+    chosen = {task.id: run.choose(task, lines) for task, lines in zip(tasks, done, strict=True)}
     grids = {key: [[c.grid for c in ranked] for ranked in tests] for key, tests in chosen.items()}
     made = arc.submission.write(config.out / "submission.json", grids, tasks)
-    known = [task for task in tasks if has_answers(task)]
+    known = list(filter(predictions.has_answers, tasks))
     report = None
     if known:
-        begun = arc.prefill(config.encoder, config.prompt)
-        samples = [s for lines in done for s in predictions.samples_of(lines, config.encoder, begun)]
+        samples = [s for lines in done for s in predictions.samples_of(lines, config.encoder, run.begun)]
         report = arc.evaluate(samples, made, known)
         cli.write_text(config.out / "scores.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
         cli.console.print(str(report), markup=False)

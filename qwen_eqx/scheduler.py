@@ -67,8 +67,8 @@ def schedule(
 
     Yields completions as they finish, or in order of arrival; then nothing is begun more than 4 · slots sequences ahead of
     the oldest unfinished one, so memory stays bounded. `prompts` may be endless if `max_prompt_tokens` bounds their length.
-    `limits[item]` lowers `max_new_tokens` for single prompts; `items[item]` is the number that a prompt draws its key by, where
-    that is not its place (as in `generate`). `progress` is called with every completion.
+    `limits[item]` lowers `max_new_tokens` for single prompts; `items[item]` is the number that its draws depend on (default:
+    its place, as in `generate`). `progress` is called with every completion.
     """
     positive("slots", slots)
     positive("max_new_tokens", max_new_tokens)

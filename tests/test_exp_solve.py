@@ -15,7 +15,6 @@ import predictions
 import qwen_eqx
 import running
 import sae
-import solve_arc
 from answering import Answer
 from solve_arc import Config, main
 
@@ -194,13 +193,19 @@ def test_captured_rows_are_those_of_extract(source, tmp_path):
             np.testing.assert_array_equal(column, expected)
 
 
-def test_a_search_finds_what_is_probable(source, tmp_path):
-    main(small(source, tmp_path / "out", how="threshold", threshold=0.05, max_new_tokens=1, limit=2))
+def test_a_search_finds_all_that_is_probable(source, tmp_path):
+    config = small(source, tmp_path / "out", how="threshold", threshold=0.01, max_new_tokens=1, limit=1)
+    main(config)
     lines = lines_of(tmp_path / "out")
-    found = [line for line in lines if line["text"] is not None]
-    assert found
-    assert all(line["log_prob"] >= np.log(0.05) - 1e-5 for line in found)
-    assert all(line["outcome"] == "none so probable" for line in lines if line["text"] is None)
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.dtype("float32"))
+    asking = arc.Asking(config.encoder, config.prompt, tokenizer.render_chat)
+    task = arc.load_tasks(source)[0]
+    for view in {line["augmentation"] for line in lines}:
+        (request,) = arc.ask.requests(task, [arc.Augmentation.parse(view)], asking)
+        logits = np.asarray(model(jnp.asarray(tokenizer.encode(request.prompt.text))), np.float64)[-1]
+        probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        found = [line["log_prob"] for line in lines if line["augmentation"] == view]
+        np.testing.assert_allclose(found, np.sort(np.log(probs[probs >= 0.01]))[::-1], rtol=1e-4)
     main(small(source, tmp_path / "none", how="threshold", threshold=1.0, max_new_tokens=2, limit=1))
     assert [line["outcome"] for line in lines_of(tmp_path / "none")] == ["none so probable"] * 3
 
@@ -339,6 +344,7 @@ def test_read_back_lines_rank_as_what_was_said(source, tmp_path, monkeypatch):
     config = small(source, tmp_path / "out")
     main(config)
     (task, *_), lines = arc.load_tasks(source), lines_of(tmp_path / "out")[:3]
-    ranked = solve_arc.choose(config, task, lines)[0]
+    begun = arc.prefill(config.encoder, config.prompt)
+    ranked = predictions.choose(task, lines, config.encoder, begun, config.select)[0]
     assert [candidate.votes for candidate in ranked] == [2, 1]
     assert [candidate.grid.tolist() for candidate in ranked] == [lines[1]["grid"], lines[0]["grid"]]
