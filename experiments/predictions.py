@@ -98,7 +98,7 @@ class Tally:
             self.solved += arc.score(arc.submission.to_json(arc.submission.from_predictions({task.id: grids})), [task])
 
     def note(self, known: int) -> str:
-        return f"{self.solved:g}/{known} solved · {self.parsed / max(1, self.all):.0%} parsed"
+        return f"{self.solved:g}/{known} solved, {self.parsed / max(1, self.all):.0%} parsed"
 
 
 def same_run(directory: Path, wanted: dict[str, Any]) -> None:

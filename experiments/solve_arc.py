@@ -188,7 +188,7 @@ class Run:
         for task, lines in zip(self.tasks, self.file.done, strict=False):
             solved.add(task, lines)
         done = len(self.file.done)
-        with cli.bar(len(self.tasks), "solving", "tasks") as advance:
+        with cli.bar(len(self.tasks), "solve", "tasks") as advance:
             advance(done, solved.note(known))
             # a group is always begun whole, so that what a slot sees does not depend on where a run was cut off
             for begin in range(done // together * together, len(self.tasks), together):
@@ -197,7 +197,7 @@ class Run:
                     if number >= done:
                         self.file.append(lines)
                         solved.add(self.tasks[number], lines)
-                        speed = f" · {self.tokens / self.seconds:,.0f} tok/s " if self.seconds else ""
+                        speed = f", {self.tokens / self.seconds:,.0f} tok/s " if self.seconds else ""
                         advance(1, solved.note(known) + speed)
 
     def group(self, numbers: range):

@@ -14,7 +14,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; 
 table { border-collapse: collapse; margin: 0.7em 0; }
 td, th { padding: 0.15em 0.9em 0.15em 0; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
 th { border-bottom: 1px solid #999; } tr + tr td { border-top: 1px solid #eee; }
-.n { text-align: right; } .right { color: #17702a; font-weight: 600; } .wrong { color: #a11; }
+td.n, th.n { text-align: right; } .right { color: #17702a; font-weight: 600; } .wrong { color: #a11; }
 pre { background: #f4f4f4; padding: 0.6em; overflow-x: auto; white-space: pre-wrap; max-height: 24em; }
 svg { max-width: 100%; height: auto; } summary { cursor: pointer; color: #345; } h2 { margin-top: 2em; }
 """
@@ -60,7 +60,9 @@ def _summary(report: Report | None, lines: Sequence[Sequence[Line]]) -> str:
 
 def _table(report: Report, pictured: set[str]) -> str:
     names = ("task", "solved", "completions", "parsed", "right size", "right", "not parsed because")
-    rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
+    first, *numeric, last = names
+    heads = [f"<th>{first}</th>", *(f'<th class="n">{name}</th>' for name in numeric), f"<th>{last}</th>"]
+    rows = ["<tr>" + "".join(heads) + "</tr>"]
     for row in report.rows:
         name = escape(row.task_id)
         link = f'<a href="#{escape(row.task_id, quote=True)}">{name}</a>' if row.task_id in pictured else name
@@ -86,14 +88,19 @@ def _test(task: arc.Task, test: int, ranked: Sequence[arc.vote.Candidate], lines
 
 
 def _candidates(ranked: Sequence[arc.vote.Candidate]) -> str:
-    rows = ["<tr><th>candidate</th><th>votes</th><th>mean log-prob</th><th>score</th><th>seen under</th></tr>"]
+    scored = any(candidate.score is not None for candidate in ranked)
+    names = ("votes", "mean log-prob", *(["score"] if scored else []))
+    heads = "".join(f'<th class="n">{name}</th>' for name in names)
+    rows = [f"<tr><th>candidate</th>{heads}<th>seen under</th></tr>"]
     for number, candidate in enumerate(ranked[:SHOWN], 1):
         height, width = candidate.grid.shape
         score = "" if candidate.score is None else f"{candidate.score:.2f}"
+        numbers = (candidate.votes, f"{candidate.mean_log_prob:.2f}", *([score] if scored else []))
         under = "; ".join(escape(str(sample.augmentation)) for sample in candidate.samples)
         rows.append(
-            f'<tr><td>{number}: {height} × {width}</td><td class="n">{candidate.votes}</td>'
-            f'<td class="n">{candidate.mean_log_prob:.2f}</td><td class="n">{score}</td><td>{under}</td></tr>'
+            f"<tr><td>{number}: {height} × {width}</td>"
+            + "".join(f'<td class="n">{value}</td>' for value in numbers)
+            + f"<td>{under}</td></tr>"
         )
     more = f"<p>and {len(ranked) - SHOWN} more</p>" if len(ranked) > SHOWN else ""
     return "<table>" + "".join(rows) + "</table>" + more
