@@ -117,7 +117,7 @@ def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.T
 def parse_layers(text: str, layers: int) -> list[int]:
     """`late`, `all`, `10:24` or `3,5,7`, as block numbers of a model with `layers` blocks."""
     if text in ("late", "all"):
-        return list(range(math.ceil(0.4 * layers) if text == "late" else 0, layers))
+        return list(range(min(math.ceil(0.4 * layers), layers - 1) if text == "late" else 0, layers))
     try:
         if ":" in text:
             low, high = (

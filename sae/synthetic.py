@@ -184,8 +184,8 @@ def classification(
 
 def r_squared(x: Float[Array, "rows d_model"], x_hat: Float[Array, "rows d_model"]) -> float:
     """1 − Σ‖x − x̂‖²/Σ‖x − x̄‖²; 1 is best."""
-    x, x_hat = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
-    return float(1 - np.square(x - x_hat).sum() / np.square(x - x.mean(0)).sum())
+    true, guess = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
+    return float(1 - np.square(true - guess).sum() / np.square(true - true.mean(0)).sum())
 
 
 def mean_maximum_cosine(directions: Float[Array, "features d_model"]) -> float:

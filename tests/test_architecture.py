@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "qwen_eqx": [
         "errors", "files", "chat", "tokenizer", "config", "moves", "layers", "rope", "attention", "cache", "sites", "edits",
-        "model", "sample", "memory", "engine", "generate", "scheduler", "score", "search", "sharding", "hub", "hf", "train", "__init__",
+        "model", "sample", "memory", "engine", "generate", "scheduler", "score", "search", "sharding", "hub", "hf", "train",
+        "__init__",
     ],
     "arc": [
         "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
