@@ -57,6 +57,7 @@ def schedule(
     edits: Sequence[AbstractEdit] = (),
     key: PRNGKeyArray | None = None,
     samples: int = 1,
+    items: Sequence[int] | None = None,
     pad_token: int | None = None,
     cache_dtype: DTypeLike | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
@@ -66,7 +67,8 @@ def schedule(
 
     Yields completions as they finish, or in order of arrival; then nothing is begun more than 4 · slots sequences ahead of
     the oldest unfinished one, so memory stays bounded. `prompts` may be endless if `max_prompt_tokens` bounds their length.
-    `limits[item]` lowers `max_new_tokens` for single prompts. `progress` is called with every completion.
+    `limits[item]` lowers `max_new_tokens` for single prompts; `items[item]` is the number that its draws depend on (default:
+    its place, as in `generate`). `progress` is called with every completion.
     """
     positive("slots", slots)
     positive("max_new_tokens", max_new_tokens)
@@ -92,7 +94,7 @@ def schedule(
     )
     memory_plan(model.config, settings, slots, width).check_fits(free_device_bytes())
     generator = Generator(sampler, resolve_edits(edits, model.config), settings)
-    waiting = _arrivals(model, prompts, max_prompt_tokens, samples, max_new_tokens, limits)
+    waiting = _arrivals(model, prompts, max_prompt_tokens, samples, max_new_tokens, limits, items)
     return _Slots(model, generator, slots, key).run(waiting, order, progress)
 
 
@@ -102,6 +104,7 @@ class _Arrival(NamedTuple):
     sample: int
     prompt: list[int]
     limit: int
+    keyed: int  # what its key is folded from
 
 
 def _arrivals(
@@ -111,6 +114,7 @@ def _arrivals(
     samples: int,
     max_new_tokens: int,
     limits: Sequence[int] | None,
+    items: Sequence[int] | None,
 ) -> Iterator[_Arrival]:
     for item, prompt in enumerate(prompts):
         (row,) = prompt_rows([prompt], model.config, max_new_tokens, None, first=item)
@@ -118,8 +122,11 @@ def _arrivals(
             raise InputError(f"prompts[{item}]: found {len(row)} tokens, expected at most max_prompt_tokens={longest}")
         limit = max_new_tokens if limits is None else min(int(limits[item]), max_new_tokens)
         positive(f"limits[{item}]", limit)
+        keyed = item if items is None else int(items[item])
+        if not 0 <= keyed < 2**32:
+            raise InputError(f"items[{item}]: found {keyed}, expected a number from 0 to 2^32 - 1")
         for sample in range(samples):
-            yield _Arrival(item * samples + sample, item, sample, row, limit)
+            yield _Arrival(item * samples + sample, item, sample, row, limit, keyed)
 
 
 class _Slots:
@@ -174,7 +181,7 @@ class _Slots:
             length = jnp.asarray([len(arrival.prompt)], jnp.int32)
             self.read = arrival.item, _read(self.model, self.generator, tokens, length)
         prompt = self.read[1]
-        key = row_keys(self.key, np.asarray([arrival.item]), np.asarray([arrival.sample]))
+        key = row_keys(self.key, np.asarray([arrival.keyed]), np.asarray([arrival.sample]))
         place = jnp.asarray(seat, jnp.int32), jnp.asarray(arrival.limit, jnp.int32)
         self.state = _admit((self.model, self.generator, prompt, key, *place), self.state)
         self.seats[seat] = arrival, prompt
