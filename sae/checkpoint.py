@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | None = None, keep: int = 3) -> Path:
-    """Write the arrays of `state` and the JSON `cursor` as checkpoint `step`; of older ones the last `keep` − 1 stay."""
+    """Write the arrays of `state` and the JSON `cursor` as checkpoint `step`; the last `keep` stay."""
     if keep < 1:
         raise InputError(f"keep: found {keep}, expected at least 1")
     arrays = _named_arrays(state)
