@@ -105,7 +105,7 @@ def _plain(leaf: Any) -> Any:
 
 def _named_arrays(state: Any) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {_name(keys): np.ascontiguousarray(_plain(leaf)) for keys, leaf in leaves if eqx.is_array(leaf)}
+    return {_name(keys): np.asarray(_plain(leaf), order="C") for keys, leaf in leaves if eqx.is_array(leaf)}
 
 
 def _named_shapes(state: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,11 +1,11 @@
 """Data with known features, made on the device, and how well a dictionary found them.
 
 SynthSAEBench (arXiv 2602.14687). Stated by its authors for the 16k model, and the defaults here: 16,384 unit features
-in 768 dimensions; Zipf firing with exponent 0.5 from 0.4 to 5e-4, affinely mapped; 128 trees of branching 4 and depth
-3, features numbered breadth first, all siblings mutually exclusive; correlation of rank 25 and scale 0.1 through a
-Gaussian copula; 100 steps of orthogonalization at rate 3e-4; mean magnitudes linear from 5 to 4, their spread folded normal
-(0.5, 0.5). Chosen here, where they are silent or leave it open: no bias (`bias=0`); probabilities raised to make up
-for the tree (with that the mean L0 is near the stated 34, without it 13), children not scaled by the parent's magnitude, a surviving sibling drawn uniformly.
+in 768 dimensions; Zipf firing with exponent 0.5 from 0.4 to 5e-4; 128 trees of branching 4 and depth 3, all siblings
+mutually exclusive; correlation of rank 25 and scale 0.1 through a Gaussian copula; 100 steps of orthogonalization at
+rate 3e-4; mean magnitudes linear from 5 to 4, their spread folded normal (0.5, 0.5); a mean L0 near 34. Chosen here:
+no bias; features numbered breadth first; drawing probabilities raised to make up for the tree (the mean L0 is then
+34.2, without it 13.4); children not scaled by the parent's magnitude; a surviving sibling drawn uniformly.
 """
 
 import dataclasses
@@ -196,7 +196,7 @@ def mean_maximum_cosine(directions: Float[Array, "features d_model"]) -> float:
 
 
 def _compensated(probabilities: Float[Array, " features"], config: SyntheticConfig) -> Float[Array, " features"]:
-    """p / p_parent · (1 + Σ siblings' p / p_parent), at most 1: what must be drawn so that about p survives the tree."""
+    """p / p_parent · (1 + Σ siblings' p / p_parent), at most 1: what is drawn so that about p survives."""
     drawn = probabilities
     for start, stop, above in _levels(config):
         families = (stop - start) // config.branching

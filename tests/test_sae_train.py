@@ -62,7 +62,7 @@ def test_sparse_path_is_the_dense_loss(form):
 
 
 def test_a_sweep_equals_separate_runs():
-    config = train.TrainConfig(steps=100)
+    config = train.TrainConfig(steps=100, eps=1e-2)  # Adam would turn the rounding of a zero gradient into a whole step
     states = []
     for seed, rate, k in ((0, 1e-2, 2.0), (1, 1e-3, 3.0), (2, 3e-3, 1.0)):
         state, _ = start(seed=seed, k=3, config=config)
