@@ -102,7 +102,7 @@ class SyntheticModel(eqx.Module):
         if rank:
             gaussian = gaussian + jax.random.normal(common, (batch, rank), jnp.float32) @ self.factor.T
         magnitude = self.means[None] + self.spreads[None] * jax.random.normal(size, gaussian.shape, jnp.float32)
-        fires = self._obey_tree(gaussian > self.thresholds[None], choose)
+        fires = self._obey_tree((gaussian > self.thresholds[None]) & (magnitude > 0), choose)
         coefficients = jnp.where(fires, jax.nn.relu(magnitude), 0.0)
         return Sample(coefficients @ self.directions + self.bias[None], coefficients)
 
