@@ -40,7 +40,7 @@ def test_every_form_finds_the_toy(form):
 
 
 def test_the_tree_and_the_frequencies_hold():
-    config = synthetic.SyntheticConfig(features=400, d_model=32, roots=8, depth=2, orthogonal_steps=20, p_max=0.3)
+    config = synthetic.SyntheticConfig(features=200, d_model=32, roots=8, depth=2, orthogonal_steps=20, p_max=0.3)
     model = synthetic.SyntheticModel.init(config, key=jax.random.key(0))
     fires = np.asarray(model.sample(20_000, key=jax.random.key(1)).coefficients > 0)
     assert model.levels == ((8, 40, 0), (40, 168, 8))

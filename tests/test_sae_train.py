@@ -28,10 +28,10 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", sae.FORMS)
-def test_every_form_learns(form, dtype):
-    state, config = start(form, product_dtype=dtype, sparsity=0.01, average_decay=0.9, clip_norm=1.0)
+def test_every_form_learns_in_bfloat16(form):
+    """In float32 every form must find the toy's features (test_sae_synthetic), which asks for more."""
+    state, config = start(form, product_dtype="bfloat16", sparsity=0.01, average_decay=0.9, clip_norm=1.0)
     many = jnp.concatenate([X] * 10)
     state, metrics = train.run(state, many, config)
     assert float(metrics.loss[-6:].mean()) < float(metrics.loss[:6].mean())
@@ -75,6 +75,7 @@ def test_a_sweep_equals_separate_runs():
         swept, _ = train.run(train.stack(states), X, config, at_once=at_once)
         for state, found in zip(states, train.unstack(swept), strict=True):
             alone, _ = train.run(jax.tree.map(jnp.copy, state), X, config)
+            assert float(jnp.abs(alone.module.encoder - state.module.encoder).max()) > 1e-3
             for left, right in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 

@@ -5,3 +5,4 @@ LOGITS_F32 = {"rtol": 1e-4, "atol": 1e-4}  # float32 logits against Hugging Face
 
 # ---------------------------------------------------------------- sae
 CONVERTED = {"rtol": 1e-5, "atol": 1e-5}  # an SAE of another library: encode and decode against its own
+METRIC = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums and differences of reconstructions against float64
