@@ -1,4 +1,4 @@
-"""Seconds of SAELens' own training step, for sae_step.py: asked on stdin, answered on stdout, run by a Python with sae-lens."""
+"""Seconds of SAELens' own training step, asked by sae_step.py on stdin, answered on stdout."""
 
 import json
 import sys

@@ -1,5 +1,7 @@
 """Synthetic data obeys its laws, and every form finds the features of the toy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from sae import synthetic, train
 TRUE = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (32, 16)))[0].T
 
 
+@functools.cache
 def toy(steps, batch):
     """Two of 16 orthogonal features in every row."""
     which, size = jax.random.split(jax.random.key(1))

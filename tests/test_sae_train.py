@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sae
-from sae import checkpoint, step, train
+from sae import checkpoint, objectives, step, train
 from sae.buffer import ShuffleBuffer
 from sae.errors import InputError
 
@@ -17,6 +17,8 @@ K_FORMS = ("topk", "batchtopk", "matryoshka")
 def start(form="topk", seed=0, k=2, config=None, d_sae=16, **changes):
     config = config or train.TrainConfig(steps=100, learning_rate=1e-2, **changes)
     extra = {"k": k} if form in K_FORMS else {}
+    if form == "matryoshka":
+        extra["widths"] = (d_sae // 2, d_sae)  # every prefix lengthens compilation
     module = sae.FORMS[form].init(d_model=8, d_sae=d_sae, key=jax.random.key(seed), **extra)
     return train.init(module, config, X[0]), config
 
@@ -43,8 +45,6 @@ def test_every_form_learns_in_bfloat16(form):
 
 @pytest.mark.parametrize("form", K_FORMS)
 def test_sparse_path_is_the_dense_loss(form):
-    from sae import objectives
-
     state, config = start(form)
     slots = state.module.k if form == "topk" else 16
     chosen = objectives.select(state.module, X[0], state.hyper, jnp.dtype("float32"), slots)
@@ -55,7 +55,7 @@ def test_sparse_path_is_the_dense_loss(form):
     def dense(module):
         return objectives.dense_objective(module, X[0], X[0], state.hyper, jnp.dtype("float32"))[0]
 
-    a, b = jax.value_and_grad(sparse)(state.module), jax.value_and_grad(dense)(state.module)
+    a, b = (jax.jit(jax.value_and_grad(loss))(state.module) for loss in (sparse, dense))
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
     assert config.steps == 100
@@ -102,6 +102,8 @@ def test_zero_variance_input_and_batch_smaller_than_k():
     config = train.TrainConfig(steps=10)
     for form in sae.FORMS:
         extra = {"k": 5} if form in K_FORMS else {}
+        if form == "matryoshka":
+            extra["widths"] = (3, 6)
         module = sae.FORMS[form].init(d_model=8, d_sae=6, key=jax.random.key(0), **extra)
         state = train.init(module, config, jnp.ones((2, 8)))
         state, metrics = train.run(state, jnp.ones((2, 3, 8)), config)
