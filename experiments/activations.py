@@ -135,7 +135,7 @@ def read_items(
     encoder: str = arc.DEFAULT_ENCODER,
     form: str = arc.DEFAULT_PROMPT,
 ) -> list[extract.Item]:
-    """Every test input of the first `limit` tasks whose prompt fits `max_tokens`, with training pairs left out if need be."""
+    """Every test input of the first `limit` tasks whose prompt fits, with training pairs left out if need be."""
     template = tokenizer.render_chat if tokenizer.chat_template is not None else None
     arc.encode.as_encoder(encoder), arc.prompt.as_format(form)  # a wrong name raises here, not as a prompt too long
     items = []

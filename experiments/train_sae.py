@@ -95,7 +95,7 @@ def open_source(config: Config) -> tuple[activations.Source, dict[str, Any]]:
     need = 2 * (config.batch_size * config.steps_per_call + source.largest)
     if config.buffer_rows < need:
         raise sae.InputError(
-            f"--buffer-rows: found {config.buffer_rows}, expected at least {need}: twice the rows of one call and of one group"
+            f"--buffer-rows: found {config.buffer_rows}, expected at least {need}: twice a call's rows and a group's"
         )
     return source, facts | {"hook_name": source.site, "held_out_tasks": list(source.held_out_tasks)}
 
