@@ -127,19 +127,18 @@ class Stored:
 
 
 def read_items(
-    tasks: str,
-    limit: int,
+    tasks: Sequence[arc.Task],
     max_tokens: int,
     model: qwen_eqx.QwenConfig,
     tokenizer: qwen_eqx.Tokenizer,
     encoder: str = arc.DEFAULT_ENCODER,
     form: str = arc.DEFAULT_PROMPT,
 ) -> list[extract.Item]:
-    """Every test input of the first `limit` tasks whose prompt fits, with training pairs left out if need be."""
+    """Every test input whose prompt fits, with training pairs left out if need be."""
     template = tokenizer.render_chat if tokenizer.chat_template is not None else None
     arc.encode.as_encoder(encoder), arc.prompt.as_format(form)  # a wrong name raises here, not as a prompt too long
     items = []
-    for task in list(arc.load_tasks(tasks))[:limit]:
+    for task in tasks:
         for test in range(len(task.test)):
             try:
                 prompt = arc.prompt.build(
@@ -155,7 +154,9 @@ def read_items(
                 continue
             items.append(extract.Item(task, test, prompt, tokenizer.encode(prompt.text)))
     if not items:
-        raise arc.InputError(f"--max-prompt {max_tokens}: found no prompt of {tasks} that fits, expected some")
+        raise arc.InputError(
+            f"prompt tokens at most {max_tokens}: found no prompt of {len(tasks)} tasks that fits, expected some"
+        )
     return items
 
 

@@ -24,7 +24,6 @@ import sae
 import splicing
 from sae import metrics
 
-UNSEEN = "arc-agi-1/evaluation"
 POSITIONS = (0, 1, 4, 16, 64, 256, 1024, 4096)  # where each group of positions starts
 
 
@@ -55,7 +54,7 @@ class Config:
     prompt: str = arc.DEFAULT_PROMPT
     """Prompt format."""
     sink_times: float = 10.0
-    """Leave positions whose norm exceeds this many medians (attention sinks) out of the reconstruction metrics; 0 keeps all."""
+    """Leave positions whose norm exceeds this many medians (attention sinks) out of reconstruction; 0 keeps all."""
     latents: int = 40
     """Latents in the report, spread over all densities."""
     examples: int = 4
@@ -87,14 +86,18 @@ def main(config: Config) -> None:
     cli.write_text(config.out / "metrics.json", json.dumps(results, indent=2) + "\n")
     cli.console.print(figures.metrics_table(results, f"{len(found)} documents of {len({d.task for d in found})} tasks"))
     for name, row in results.items():
-        cli.console.print(f"{name}: with its error term spliced in, the largest change of a logit is {row['identity']:g}")
+        cli.console.print(
+            f"{name}: with its error term spliced in, the largest change of a logit is {row['identity']:g}"
+        )
     if len(results) > 1:
         note = f"{next(iter(results.values()))['site']}, {len({d.task for d in found})} held-out tasks"
         picture = figures.frontier(config.out / "fvu_l0.svg", results, note)
         cli.console.print(f"FVU against L0: {picture}", markup=False)
     reports = sorted(str(path) for path in config.out.glob("**/report.html"))
     cli.console.print(f"wrote: {config.out / 'metrics.json'}, {reports[0]}{' …' if len(reports) > 1 else ''}")
-    cli.console.print(f"next: open {reports[0]}, then python experiments/steer.py --sae {results[min(results)]['source']}")
+    cli.console.print(
+        f"next: open {reports[0]}, then python experiments/steer.py --sae {results[min(results)]['source']}"
+    )
 
 
 def sources(given: Sequence[str]) -> dict[str, str]:
@@ -118,14 +121,9 @@ def read_documents(
 ) -> list[pages.Document]:
     """Documents of tasks that none of the SAEs was trained on, where they say so."""
     held_out = [one.get("held_out_tasks") for one in metadata]
-    only: list[str] = []
-    tasks = config.tasks
-    if tasks is None and isinstance(held_out[0], list) and all(one == held_out[0] for one in held_out):
-        tasks, only = str(metadata[0]["tasks"]), [str(task) for task in held_out[0]]
-    chosen = pages.choose_tasks(tasks or UNSEEN, config.limit, only)
-    return pages.documents(
-        chosen, tokenizer, max_tokens=config.max_tokens, encoder=config.encoder, form=config.prompt
-    )
+    agree = all(one == held_out[0] for one in held_out)
+    chosen = pages.unseen_tasks(metadata[0] if agree else {}, config.tasks)[: config.limit]
+    return pages.documents(chosen, tokenizer, max_tokens=config.max_tokens, encoder=config.encoder, form=config.prompt)
 
 
 def evaluate(

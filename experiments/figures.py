@@ -66,7 +66,8 @@ def breakdown(path: Path, groups: Mapping[str, Mapping[str, Mapping[str, float]]
             shown = {name: row for name, row in rows.items() if row["rows"]}
             places = np.arange(len(shown))
             ax.bar(places, [row["fvu"] for row in shown.values()], color=COLOURS[0])
-            ax.set_xticks(places, shown.keys(), rotation=90, fontsize=6)
+            labels = list(shown) if len(shown) <= 40 else [""] * len(shown)
+            ax.set_xticks(places, labels, rotation=90, fontsize=6)
             ax.set(xlabel=what, ylabel="FVU")
             ax.yaxis.label.set_color(COLOURS[0])
             other = ax.twinx()

@@ -1,8 +1,10 @@
 """From an SAE and ARC tasks to feature pages: documents with their grids' places, latents per token, painted cells."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,11 @@ import numpy as np
 from jaxtyping import Float
 
 import arc
-import extract
 import qwen_eqx
 import sae
 from arc.encode import Code, Encoder, Json, LineEncoder, Shape
 
+UNSEEN = "arc-agi-1/evaluation"
 OPEN, CLOSE = "\ue000", "\ue001"  # private characters that mark a grid's text while a prompt is built
 
 
@@ -154,7 +156,7 @@ def cell_spans(encoder: Encoder, grid: arc.Grid) -> list[list[tuple[int, int]]]:
         spans, at = [], 0
         for index, cells in enumerate(grid.tolist()):
             ends = [at + len(encoder.line(cells[:count], index)) for count in range(len(cells) + 1)]
-            spans.append(list(zip(ends, ends[1:], strict=False)))
+            spans.append(list(itertools.pairwise(ends)))
             at = ends[-1] + 1  # the line end
         return spans
     raise arc.InputError(f"encoder {encoder}: found no known layout of cells, expected an encoder of arc.encode")
@@ -204,10 +206,13 @@ def _example(document: Document, values: Float[np.ndarray, " seq"]) -> sae.repor
     return sae.report.Example(f"task {document.task}, test {document.test}", document.pieces(), values, shown)
 
 
-def choose_tasks(name: str, limit: int, only: Sequence[str] = ()) -> list[arc.Task]:
-    """The tasks of a data set named in `only`, or its first; at most `limit`."""
-    tasks = list(arc.load_tasks(name))
-    picked = [task for task in tasks if task.id in set(only)] if only else tasks
+def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> list[arc.Task]:
+    """The data set asked for; without one the tasks that an SAE's training held out, or the evaluation set of ARC-AGI-1."""
+    held_out = metadata.get("held_out_tasks")
+    if tasks is not None or not isinstance(held_out, list) or not isinstance(metadata.get("tasks"), str):
+        return list(arc.load_tasks(tasks or UNSEEN))
+    name = metadata["tasks"]
+    picked = [task for task in arc.load_tasks(name) if task.id in set(held_out)]
     if not picked:
-        raise arc.InputError(f"--tasks {name}: found none of the SAE's held-out tasks, expected them; name other tasks")
-    return picked[:limit]
+        raise arc.InputError(f"--tasks: found none of the SAE's held-out tasks in {name}, expected them; name others")
+    return picked

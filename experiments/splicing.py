@@ -83,6 +83,10 @@ def _activation(model: qwen_eqx.Qwen, tokens: Int[Array, " seq"], site: str) -> 
     return model.run_with_capture(tokens, [site])[1][site]
 
 
+def _same(x: Array) -> Array:
+    return x
+
+
 @eqx.filter_jit
 def _losses(
     model: qwen_eqx.Qwen, module: sae.AbstractSAE, tokens: Int[Array, " seq"], length: Int[Array, ""], site: str
@@ -92,7 +96,8 @@ def _losses(
     def logits(*edits: qwen_eqx.AbstractEdit) -> Array:
         return model.run_with_capture(tokens, [], edits=edits)[0]
 
-    plain = logits()
+    # the baseline puts the site back as it was: without any edit XLA would keep the bf16 stream in float32 there
+    plain = logits(qwen_eqx.Replace(_same, site=site))
     kept = logits(qwen_eqx.Replace(module, error_of=module, site=site))
     tables = [plain, logits(qwen_eqx.Replace(module, site=site)), logits(qwen_eqx.Ablate(site=site))]
     clean, spliced, zero = (jax.nn.log_softmax(table[:-1], axis=-1) for table in tables)

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import activations
+import arc
 import cli
 import figures
 import qwen_eqx
@@ -34,7 +35,7 @@ def main(config: Config) -> None:
     cli.console.print(run.shares())
     results = run.finish(facts)
     cli.write_text(config.out / "metrics.json", json.dumps(results, indent=2) + "\n")
-    cli.console.print(figures.metrics_table(results))
+    cli.console.print(figures.metrics_table(results), soft_wrap=False)
     picture = figures.loss_curves(config.out / "loss.svg", run.history, [name_of(member) for member in members])
     cli.console.print(f"loss curve: {picture}", markup=False)
     first = config.out / "sae" if len(members) == 1 else config.out / "sae" / name_of(members[0])
@@ -85,7 +86,9 @@ def open_source(config: Config) -> tuple[activations.Source, dict[str, Any]]:
         dtype = jnp.dtype(config.dtype)
         model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=dtype)
         site = activations.site_of(model.config, config.layer, config.site)
-        items = activations.read_items(config.tasks, config.limit, config.max_prompt, model.config, tokenizer)
+        items = activations.read_items(
+            list(arc.load_tasks(config.tasks))[: config.limit], config.max_prompt, model.config, tokenizer
+        )
         options = {"prompts": config.prompts, "max_new_tokens": config.max_new_tokens}
         source = activations.Live(model, tokenizer, items, held_out=config.held_out, site=site, **options)
         facts = {"model_name": config.model, "revision": config.revision, "tasks": config.tasks}
