@@ -136,7 +136,7 @@ def read_items(
 ) -> list[extract.Item]:
     """Every test input whose prompt fits, with training pairs left out if need be."""
     template = tokenizer.render_chat if tokenizer.chat_template is not None else None
-    arc.encode.as_encoder(encoder), arc.prompt.as_format(form)  # a wrong name raises here, not as a prompt too long
+    arc.prompt.prefill(encoder, form)  # a wrong name raises here, not as a prompt too long
     items = []
     for task in tasks:
         for test in range(len(task.test)):

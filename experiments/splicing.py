@@ -22,7 +22,7 @@ class Clamped(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
         z = self.module.encode(x)
-        return self.module.decode(jnp.where(jnp.arange(z.shape[-1]) == self.latent, self.value, z))
+        return self.module.decode(z.at[..., self.latent].set(self.value))
 
 
 def site_of(

@@ -143,7 +143,7 @@ class Run:
 
     def proceed(self) -> None:
         """Until the last step; stops early, saved, on SIGTERM."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         if self.fresh:
             self._fill()
             self.state, _ = self._blank(self.rows.rows[: int(self.rows.size)])
@@ -155,6 +155,8 @@ class Run:
             kept = checkpoint.steps(self.directory)
             last = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was due yet"
             sys.exit(f"{error}; {last} in {self.directory}; a lower --lr may help")  # exit code 1
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _loop(self, advance: Any) -> None:
         begin = time.perf_counter()
