@@ -7,8 +7,10 @@ from arc import ask as ask
 from arc import augment as augment
 from arc import data as data
 from arc import encode as encode
+from arc import generators as generators
 from arc import parse as parse
 from arc import prompt as prompt
+from arc import render as render
 from arc import submission as submission
 from arc import vote as vote
 from arc.ask import Asking as Asking

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from arc.errors import InputError
 from arc.files import read_json, write_text
@@ -46,9 +46,7 @@ def reasons(lines: Iterable[str]) -> Counter[str]:
     return Counter(line.rpartition("expected ")[2] or line for line in lines)
 
 
-def load_tasks(
-    source: str | Path, *, solutions: str | Path | None = None, on_bad: Literal["error", "skip"] = "error"
-) -> Tasks:
+def load_tasks(source: str | Path, *, solutions: str | Path | None = None, on_bad: str = "error") -> Tasks:
     """All tasks of a source; with `on_bad="skip"` a broken task costs one line in `.skipped` instead of the load."""
     skipped: list[str] = []
     tasks = list(iter_tasks(source, solutions=solutions, on_bad=on_bad, skipped=skipped))
@@ -59,7 +57,7 @@ def iter_tasks(
     source: str | Path,
     *,
     solutions: str | Path | None = None,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: str = "error",
     skipped: list[str] | None = None,
 ) -> Iterator[Task]:
     """The tasks one at a time; lines about broken ones are appended to `skipped`."""

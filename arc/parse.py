@@ -1,16 +1,20 @@
 """What a model said, to a Grid or a reason why not. A malformed answer is data: nothing here raises on any text."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
-from arc.encode import DEFAULT_ENCODER, FENCE, Code, Encoder, Json, LineEncoder, Shape, as_encoder
+from arc.encode import DEFAULT_ENCODER, Code, Encoder, Json, LineEncoder, Shape, as_encoder
 from arc.errors import InputError
 from arc.grid import MAX_SIDE, Grid, as_grid
 
 Reason = Literal["nothing", "no grid", "cut off", "bad row", "ragged", "wrong shape", "too large"]
+MAX_CANDIDATES = 64  # nobody looks further into what a model rambled
 _END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end|end_of_text)\|>|</s>")
 _SHAPE = re.compile(r"shape:\s*(\d{1,3})\s*x\s*(\d{1,3})\b")
+_FENCE = re.compile(r"```([^\n`]*)")
 _JSON = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
 
 
@@ -35,53 +39,62 @@ def parse(text: str, encoder: str | Encoder = DEFAULT_ENCODER, begun: str = "") 
     said = _END.split(text, maxsplit=1)[0]
     if not said.strip():
         return Parsed(reason="nothing", detail="the completion is empty")
-    found = candidates(begun + said, as_encoder(encoder))
-    if not found:
-        return Parsed(reason="no grid", detail="no line looks like a row of a grid")
-    best = next((one for one in found if one.grid is not None), found[0])
-    if len(found) > 1:
-        best = best.noted(f"{len(found)} blocks, took number {found.index(best) + 1}")
-    return best
+    found = islice(candidates(begun + said, as_encoder(encoder)), MAX_CANDIDATES)
+    failure = None
+    for number, parsed in enumerate(found, 1):
+        if parsed.grid is None:
+            failure = failure or parsed
+            continue
+        notes = (f"taken from block {number}",) if number > 1 else ()
+        notes += ("a further block follows",) if next(found, None) is not None else ()
+        return parsed.noted(*notes)
+    return failure or Parsed(reason="no grid", detail="no line looks like a row of a grid")
 
 
-def candidates(text: str, encoder: Encoder) -> list[Parsed]:
+def candidates(text: str, encoder: Encoder) -> Iterator[Parsed]:
     """Every block of the text that was meant as a grid, in order."""
     text = text.replace("\r\n", "\n")
     inner, fenced = (encoder.inner, True) if isinstance(encoder, Code | Shape) else (encoder, False)
-    blocks = _fenced_blocks(text)
-    if fenced and blocks:
-        return [_block(body, inner, head, closed) for head, body, closed in blocks]
+    blocks = _fenced_blocks(text) if fenced else []
     notes = ("no code block",) if fenced else ()
-    if isinstance(inner, LineEncoder):
-        return [parsed.noted(*notes) for parsed in _bare(text, inner)]
-    if isinstance(inner, Json):
-        return [_grid(_json_rows(match[0], inner)).noted(*notes) for match in _JSON.finditer(text)]
-    try:  # somebody's own encoder: only it knows what its text looks like
-        return [Parsed(inner.decode(text.strip()))]
-    except InputError as error:
-        return [Parsed(reason="no grid", detail=str(error))]
+    if blocks:
+        yield from (_block(body, inner, head, closed) for head, body, closed in blocks)
+    elif isinstance(inner, LineEncoder):
+        yield from (_grid(run).noted(*notes) for run in _runs(text, inner))
+    elif isinstance(inner, Json):
+        yield from (_grid(_json_rows(match[0], inner)).noted(*notes) for match in _JSON.finditer(text))
+    else:  # somebody's own encoder: only it knows what its text looks like
+        try:
+            yield Parsed(inner.decode(text.strip()))
+        except InputError as error:
+            yield Parsed(reason="no grid", detail=str(error))
 
 
 def _fenced_blocks(text: str) -> list[tuple[str, str, bool]]:
-    """(line after the fence, body, closed?) per code block; `grid` blocks alone where there are any."""
-    parts = text.split(FENCE)
-    blocks = []
-    at = 1
-    while at < len(parts):
-        head, newline, body = parts[at].partition("\n")
-        if not newline and at + 1 < len(parts):  # a fence said twice in a row: the second one opens
-            at += 1
+    """(text after the fence, body, closed?) per code block; only the `grid` blocks where there are any."""
+    fences = list(_FENCE.finditer(text))
+    blocks: list[tuple[str, str, bool]] = []
+    is_open = False
+    for index, fence in enumerate(fences):
+        if is_open and not fence[1].startswith("grid"):
+            is_open = False  # this one closed the block before
             continue
-        blocks.append((head.strip(), body, at + 1 < len(parts)))
-        at += 2
-    grids = [block for block in blocks if block[0].startswith("grid")]
-    return grids or blocks
+        is_open = True
+        follows = fences[index + 1] if index + 1 < len(fences) else None
+        body = text[fence.end() : follows.start() if follows else len(text)]
+        blocks.append((fence[1], body, follows is not None))
+    blocks = [block for block in blocks if block[1].strip()] or blocks[:1]  # a fence said twice opens once
+    return [block for block in blocks if block[0].startswith("grid")] or blocks
 
 
 def _block(body: str, inner: Encoder, head: str, closed: bool) -> Parsed:
     declared = _SHAPE.search(head)
     shape = (int(declared[1]), int(declared[2])) if declared else None
     notes = () if closed else ("block not closed",)
+    if shape is not None and not all(1 <= side <= MAX_SIDE for side in shape):
+        return Parsed(reason="too large", detail=f"declared {shape[0]} x {shape[1]}, a side is 1 to {MAX_SIDE}")
+    if not body.strip():
+        return Parsed(reason="no grid" if closed else "cut off", detail="the block holds no rows")
     if isinstance(inner, Json):
         match = _JSON.search(body)
         if match is None:
@@ -118,8 +131,6 @@ def _fit(rows: list[list[int]] | str, shape: tuple[int, int] | None, closed: boo
     if shape is None:
         return _grid(rows, closed)
     height, width = shape
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        return Parsed(reason="too large", detail=f"declared {height} x {width}, a side is 1 to {MAX_SIDE}")
     notes = ("rows trimmed to the shape",) if any(len(row) > width for row in rows[:height]) else ()
     trimmed = [row[:width] for row in rows[:height]]
     short = next((index for index, row in enumerate(trimmed) if len(row) < width), None)
@@ -140,6 +151,8 @@ def _grid(rows: list[list[int]] | str, closed: bool = True) -> Parsed:
     if len(set(widths)) > 1:
         cut = not closed and len(set(widths[:-1])) == 1 and widths[-1] < widths[0]
         return Parsed(reason="cut off" if cut else "ragged", detail=f"rows of {min(widths)} to {max(widths)} cells")
+    if widths[0] == 0:
+        return Parsed(reason="no grid", detail="rows without cells")
     if len(rows) > MAX_SIDE or widths[0] > MAX_SIDE:
         return Parsed(reason="too large", detail=f"{len(rows)} x {widths[0]} cells, a side is at most {MAX_SIDE}")
     return Parsed(as_grid(rows))
@@ -152,19 +165,19 @@ def _json_rows(text: str, inner: Json) -> list[list[int]] | str:
         return str(error)
 
 
-def _bare(text: str, inner: LineEncoder) -> list[Parsed]:
+def _runs(text: str, inner: LineEncoder) -> Iterator[list[list[int]]]:
     """Runs of lines that read as rows 0, 1, 2 …"""
-    runs: list[list[list[int]]] = []
     run: list[list[int]] = []
     for line in text.split("\n"):
         row = _row_or_none(inner, line.strip(), len(run))
         if row is None and run:
-            runs.append(run)
+            yield run
             run = []
             row = _row_or_none(inner, line.strip(), 0)
         if row:
             run.append(row)
-    return [_grid(run) for run in ([*runs, run] if run else runs)]
+    if run:
+        yield run
 
 
 def _row_or_none(inner: LineEncoder, line: str, index: int) -> list[int] | None:

@@ -80,7 +80,7 @@ DEFAULT_PROMPT = "output-from-examples-v1"
 PROMPTS: dict[str, PromptFormat] = {
     "output-from-examples-v0": PromptFormat(_SYSTEM_V0, _INTRO_V0, _EXAMPLE, _TEST, _ANSWER),
     "output-from-examples-v1": PromptFormat("You are a helpful assistant.", _INTRO_V1, _EXAMPLE, _TEST, _ANSWER),
-    "compact": PromptFormat(None, "", "I\n{input}\nO\n{output}\n\n", "I\n{input}", "O\n"),
+    "compact": PromptFormat(None, "", "I\n{input}\n\nO\n{output}\n\n", "I\n{input}", "O\n"),
 }
 
 

@@ -20,8 +20,10 @@ def iter_records(source: str | Path, start: int = 0) -> Iterator[tuple[str, dict
         yield from _parquet(source, start)
         return
     with _open(source) as handle:
+        taken = 0  # blank lines are no records
         for number, line in enumerate(handle):
-            if number < start or not line.strip():
+            taken += bool(line.strip())
+            if taken <= start or not line.strip():
                 continue
             where = f"{source}: line {number + 1}"
             try:

@@ -16,7 +16,7 @@ ATTEMPTS = ("attempt_1", "attempt_2")
 NOTHING = as_grid([[0]])  # what stands where no answer could be read
 
 Predictions = Mapping[str, Sequence[Sequence[np.ndarray | None]]]
-"""Task id -> per test input -> grids, best first; None or too few become [[0]]."""
+"""Task id -> per test input -> grids, best first; [[0]] stands where there is none."""
 Submission = dict[str, list[tuple[Grid, Grid]]]
 
 
@@ -43,8 +43,9 @@ def from_predictions(predictions: Predictions, tasks: Sequence[Task] | None = No
 
 def _two(ranked: Sequence[np.ndarray | None], where: str) -> tuple[Grid, Grid]:
     grids = [as_grid(grid, where) for grid in ranked if grid is not None][:2]
-    first, second = (*grids, NOTHING, NOTHING)[:2]
-    return first, second
+    if not grids:
+        return NOTHING, NOTHING
+    return grids[0], grids[-1]  # a lone answer stands twice: [[0]] is the true answer of one bundled test
 
 
 def to_json(submission: Submission) -> dict[str, list[dict[str, list[list[int]]]]]:

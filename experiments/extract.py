@@ -18,6 +18,7 @@ from rich.table import Table
 import arc
 import cli
 import qwen_eqx
+import rows
 import sae
 
 
@@ -76,22 +77,23 @@ def main(config: Config) -> None:
     items = list(make_items(config, model.config, tokenizer))
     writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
     cli.record_run(config.out, config)
+    cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
     generated, seconds = 0, 0.0
     todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
     with cli.bar(len(todo), "generating", "prompts") as advance:
         for shard in writer.missing:
             numbers = writer.plan.items_of(shard)
-            rows, outcomes = [], []
+            parts, outcomes = [], []
             for batch in [numbers[at : at + config.batch_size] for at in range(0, len(numbers), config.batch_size)]:
                 begin = time.perf_counter()
                 out = answer(model, tokenizer, [items[number] for number in batch], capture, config)
                 seconds += time.perf_counter() - begin
                 generated += int(out.lengths.sum())
                 for row, number in enumerate(batch):
-                    rows.append(to_rows(out, row, number, items[number], config.positions))
+                    parts.append(to_rows(out, row, number, items[number]))
                     outcomes.append(outcome(out, row, items[number], tokenizer, config))
                 advance(len(batch), f"{generated / seconds:,.0f} tok/s ")
-            writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*rows, strict=True))), outcomes)
+            writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), outcomes)
     report(config, generated, seconds)
 
 
@@ -116,7 +118,7 @@ def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.T
 def parse_layers(text: str, layers: int) -> list[int]:
     """`late`, `all`, `10:24` or `3,5,7`, as block numbers of a model with `layers` blocks."""
     if text in ("late", "all"):
-        return list(range(math.ceil(0.4 * layers) if text == "late" else 0, layers))
+        return list(range(min(math.ceil(0.4 * layers), layers - 1) if text == "late" else 0, layers))
     try:
         if ":" in text:
             low, high = (
@@ -135,6 +137,21 @@ def parse_layers(text: str, layers: int) -> list[int]:
     return chosen
 
 
+def memory(config: Config, model: qwen_eqx.Qwen, capture: qwen_eqx.Capture, items: list[Item]) -> qwen_eqx.MemoryPlan:
+    """What the longest batch allocates, known before it does."""
+    width = qwen_eqx.prompt_width(max(len(item.tokens) for item in items))
+    kept = config.max_new_tokens + (width if config.positions == "all" else 0)
+    return qwen_eqx.MemoryPlan.of(
+        model.config,
+        batch=config.batch_size,
+        kv_seq=width + config.max_new_tokens,
+        cache_dtype=config.dtype,
+        sites=len(capture.resolve(model.config)),
+        captured_positions=config.batch_size * kept,
+        capture_dtype=config.dtype,
+    )
+
+
 def answer(
     model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, items: list[Item], capture: qwen_eqx.Capture, config: Config
 ) -> qwen_eqx.Generation:
@@ -149,24 +166,12 @@ def answer(
     )
 
 
-def to_rows(out: qwen_eqx.Generation, row: int, number: int, item: Item, positions: str) -> sae.Rows:
-    """The stored rows of one prompt: the activation at a position, with the token read there.
-
-    `generated` marks positions whose logits chose a token: the last one of the prompt and all but the last one after it.
-    """
-    length, prompt = int(out.lengths[row]), len(item.tokens)
-    read = np.asarray([*item.tokens, *np.asarray(out.tokens[row, : length - 1])], np.int32)
+def to_rows(out: qwen_eqx.Generation, row: int, number: int, item: Item) -> sae.Rows:
+    """The stored rows of one prompt of a batch."""
     assert out.activations is not None
-    kept = np.asarray(out.activations[:, row, :length])
-    start = prompt - 1
-    if out.prompt_activations is not None:  # its last position is the one that produced token 0, already kept
-        width = out.prompt_activations.shape[2]
-        kept = np.concatenate([np.asarray(out.prompt_activations[:, row, width - prompt : width - 1]), kept], axis=1)
-        start = 0
-    place = np.arange(start, len(read), dtype=np.int32)
-    return sae.Rows(
-        kept.transpose(1, 0, 2), read[start:], place, np.full(len(place), number, np.int32), place >= prompt - 1
-    )
+    prompt = None if out.prompt_activations is None else out.prompt_activations[:, row]
+    tokens = np.asarray(out.tokens[row, : int(out.lengths[row])])
+    return rows.of_sequence(item.tokens, tokens, number, out.activations[:, row], prompt)
 
 
 def outcome(
@@ -194,18 +199,16 @@ def manifest(
     config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, capture: qwen_eqx.Capture, items: int
 ) -> sae.Manifest:
     """What the store says of itself before its first shard."""
-    return sae.Manifest(
+    return rows.manifest(
+        model,
+        tokenizer,
+        capture,
+        sae.Plan(items, config.items_per_shard),
         model_id=config.model,
         revision=config.revision,
-        config_digest=cli.digest(dataclasses.asdict(model.config)),
-        tokenizer_digest=f"sha256:{tokenizer.digest}",
-        sites=tuple(str(site) for site in capture.resolve(model.config)),
         dtype=config.dtype,
-        d_model=model.config.d_model,
         seed=config.seed,
-        plan=sae.Plan(items, config.items_per_shard),
         config={name: value for name, value in cli.jsonable(config).items() if name != "out"},
-        versions=cli.versions(),
     )
 
 

@@ -13,6 +13,7 @@ from qwen_eqx.errors import InputError as InputError
 from qwen_eqx.generate import Generation as Generation
 from qwen_eqx.generate import generate as generate
 from qwen_eqx.generate import prepare as prepare
+from qwen_eqx.generate import prompt_width as prompt_width
 from qwen_eqx.hf import from_pretrained as from_pretrained
 from qwen_eqx.hf import save_pretrained as save_pretrained
 from qwen_eqx.memory import MemoryPlan as MemoryPlan
@@ -26,6 +27,12 @@ from qwen_eqx.sample import RepetitionPenalty as RepetitionPenalty
 from qwen_eqx.sample import Temperature as Temperature
 from qwen_eqx.sample import TopK as TopK
 from qwen_eqx.sample import TopP as TopP
+from qwen_eqx.scheduler import Completion as Completion
+from qwen_eqx.scheduler import schedule as schedule
+from qwen_eqx.score import score as score
+from qwen_eqx.search import Found as Found
+from qwen_eqx.search import beam_search as beam_search
+from qwen_eqx.search import threshold_search as threshold_search
 from qwen_eqx.sites import Capture as Capture
 from qwen_eqx.sites import Site as Site
 from qwen_eqx.tokenizer import Tokenizer as Tokenizer

@@ -86,7 +86,9 @@ class Patch(AbstractEdit):
     def check(self, site: Site, config: QwenConfig) -> None:
         _check_width("Patch.values", self.values, site, config)
         if isinstance(self.where, str) or self.values.shape[:1] != self.where.shape:
-            raise InputError(f"Patch.where: found {self.where!r}, expected {self.values.shape[0]} positions, one a value")
+            raise InputError(
+                f"Patch.where: found {self.where!r}, expected {self.values.shape[0]} positions, one a value"
+            )
 
 
 class Replace(AbstractEdit):

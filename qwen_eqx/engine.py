@@ -27,6 +27,7 @@ class GenerationState(eqx.Module):
     column: Int[Array, ""]  # columns written so far
     first: Int[Array, " batch"]  # the column of each row's token 0
     length: Int[Array, " batch"]  # tokens generated, the stop token included
+    limit: Int[Array, " batch"]  # tokens after which a row is done; at most `new`
     done: Bool[Array, " batch"]
     prompt_length: Int[Array, " batch"]
     keys: Key[Array, " batch"]  # folded from (seed, item, sample); each step folds itself in
@@ -50,6 +51,17 @@ class Settings:
     stride: int = 1  # steps between two looks at whether all rows are done
 
 
+class PromptState(eqx.Module):
+    """Prompts that were read once and can be continued any number of times."""
+
+    cache: KVCache
+    logits: Float32[Array, "prompts vocab"]
+    last: Float[Array, "sites prompts 1 d_model"] | None  # what produced those logits
+    seen: Bool[Array, "prompts vocab"] | None
+    lengths: Int[Array, " prompts"]
+    activations: Float[Array, "sites prompts prompt d_model"] | None  # of the whole prompts; 0 at pads
+
+
 class Generator(eqx.Module):
     """Sampler, edits and settings: with a model, everything needed to prefill, step and loop."""
 
@@ -65,16 +77,25 @@ class Generator(eqx.Module):
         keys: Key[Array, " batch"],
     ) -> tuple[GenerationState, Float[Array, "sites prompts prompt d_model"] | None]:
         """Reads left-padded prompts once and chooses the first token of batch = n · prompts rows, n for each prompt."""
-        copies = keys.shape[0] // tokens.shape[0]
+        prompt = self.read(model, tokens, lengths)
+        return self.begin(model, prompt, keys), prompt.activations
+
+    def read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]) -> PromptState:
+        """Reads left-padded prompts."""
         x, cache, last, kept = self._read(model, tokens, lengths)
         seen = _mark(tokens, lengths, model.config.vocab) if needs_seen(self.sampler) else None
-        logits = model.logits(x)
+        return PromptState(cache, model.logits(x), last, seen, lengths, kept)
+
+    def begin(self, model: Qwen, prompt: PromptState, keys: Key[Array, " batch"]) -> GenerationState:
+        """Chooses the first token of each row; several rows may share a prompt."""
+        copies = keys.shape[0] // prompt.lengths.shape[0]
+        cache, logits, last, seen, lengths = prompt.cache, prompt.logits, prompt.last, prompt.seen, prompt.lengths
         if copies > 1:
             cache, seen, logits, lengths = _repeat((cache, seen, logits, lengths), copies, axis=0)
             last = _repeat(last, copies, axis=1)
         state = self.empty(model, cache, lengths, keys, seen)
         state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
-        return self.choose(state, logits, last), kept
+        return self.choose(state, logits, last)
 
     def empty(
         self,
@@ -97,6 +118,7 @@ class Generator(eqx.Module):
             column=jnp.zeros((), jnp.int32),
             first=jnp.zeros(batch, jnp.int32),
             length=jnp.zeros(batch, jnp.int32),
+            limit=jnp.full(batch, new, jnp.int32),
             done=jnp.ones(batch, bool),
             prompt_length=prompt_length,
             keys=keys,
@@ -145,7 +167,8 @@ class Generator(eqx.Module):
             column=state.column + 1,
             first=state.first,
             length=length,
-            done=state.done | self._stops(tokens, token, length, state.column),
+            limit=state.limit,
+            done=state.done | (length >= state.limit) | self._stops(tokens, token, length, state.column),
             prompt_length=state.prompt_length,
             keys=state.keys,
         )
@@ -157,7 +180,7 @@ class Generator(eqx.Module):
         length: Int[Array, " batch"],
         column: Int[Array, ""],
     ) -> Bool[Array, " batch"]:
-        stops = length >= self.settings.new
+        stops = jnp.zeros(token.shape, bool)
         for stop in self.settings.stop_tokens:
             stops |= token == stop
         for sequence in self.settings.stop_sequences:

@@ -121,9 +121,7 @@ def prepare(
     positive("samples", samples)
     positive("prefill_chunk", prefill_chunk)
     rows = prompt_rows(prompts, config, max_new_tokens, pad_token)
-    width = bucket(max((len(row) for row in rows), default=1))
-    if width > prefill_chunk:
-        width = -(-max(len(row) for row in rows) // prefill_chunk) * prefill_chunk
+    width = prompt_width(max(map(len, rows), default=1), prefill_chunk)
     settings = make_settings(
         model,
         new=max_new_tokens,
@@ -223,10 +221,12 @@ def prompt_rows(
     config: QwenConfig,
     max_new_tokens: int,
     pad_token: int | None,
+    *,
+    first: int = 0,
 ) -> list[list[int]]:
-    """The prompts without padding, checked: ids in the vocabulary, not empty, short enough for the model."""
+    """The prompts without padding, numbered from `first` and checked: ids known, not empty, short enough for the model."""
     rows = []
-    for number, prompt in enumerate(np.asarray(prompts) if hasattr(prompts, "__array__") else prompts):
+    for number, prompt in enumerate(np.asarray(prompts) if hasattr(prompts, "__array__") else prompts, first):
         if hasattr(prompts, "__array__"):  # a left-padded batch
             real = np.asarray(prompt)
             pads = (real < 0) if pad_token is None else (real < 0) | (real == pad_token)
@@ -241,6 +241,12 @@ def prompt_rows(
             )
         rows.append(row)
     return rows
+
+
+def prompt_width(longest: int, prefill_chunk: int = PREFILL_CHUNK) -> int:
+    """Positions that prompts are padded to: a bucket, or a multiple of the chunk where they are read in chunks."""
+    width = bucket(longest)
+    return width if width <= prefill_chunk else -(-longest // prefill_chunk) * prefill_chunk
 
 
 def positive(name: str, value: object) -> None:

@@ -52,7 +52,7 @@ class Block(eqx.Module):
         dtype = x.dtype
 
         def site(kind: str, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-            return tap(Site(self.layer, kind), value.astype(dtype))
+            return rounded(tap(Site(self.layer, kind), rounded(value, dtype)), dtype)
 
         x = site("resid_pre", x)
         normed = self.attn_norm(x)
@@ -69,6 +69,14 @@ class Block(eqx.Module):
         hidden = site("mlp_post", self.mlp.hidden(self.mlp_norm(x)))
         x = site("resid_post", x + site("mlp_out", self.mlp.down(hidden)))
         return x, cache
+
+
+def rounded(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """x in `dtype`, really rounded: XLA drops a cast down and up again, so a value would depend on who else reads it."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return x.astype(dtype)
+    facts = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), facts.nexp, facts.nmant).astype(dtype)
 
 
 class Qwen(eqx.Module):

@@ -43,6 +43,11 @@ def read_slice(buffer: Num[Array, "*shape"], at: Int[Array, ""], size: int, *, a
     return _as_integers(lambda bits: jax.lax.dynamic_slice_in_dim(bits, at, size, axis=axis), buffer)
 
 
+def roll(value: Num[Array, "*shape"], by: Int[Array, ""], *, axis: int) -> Num[Array, "*shape"]:
+    """Entry i of `axis` goes to (i + by) mod its length."""
+    return _as_integers(lambda bits: jnp.roll(bits, by, axis=axis), value)
+
+
 def while_in_place(
     more: Callable[[CarryT], Bool[Array, ""]], step: Callable[[CarryT], CarryT], carry: CarryT, *, stride: int
 ) -> CarryT:
@@ -67,8 +72,8 @@ def while_in_place(
     return unpack(jax.lax.while_loop(lambda packed: more(unpack(packed)), steps, pack(carry)))
 
 
-def _is_half(dtype: jax.typing.DTypeLike) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
+def _is_half(dtype: object) -> bool:  # object: a PRNG key's dtype is none of NumPy's
+    return dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _bits(value: Float[Array, "*shape"]) -> UInt16[Array, "*shape"]:

@@ -59,6 +59,13 @@ def tasks(max_side: int = 6, max_pairs: int = 3) -> st.SearchStrategy:
     return st.builds(arc.Task, st.text("0123456789abcdef", min_size=8, max_size=8), train, test)
 
 
+def augmentations(pairs: int = 0) -> st.SearchStrategy:
+    """Any augmentation, for tasks of `pairs` training pairs."""
+    colours = st.permutations(range(10)).map(tuple)
+    order = st.permutations(range(pairs)).map(tuple)
+    return st.builds(arc.Augmentation, st.sampled_from(list(arc.augment.SYMMETRIES)), colours, order)
+
+
 # ---------------------------------------------------------------- sae
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import grids
 
 import arc
 from arc.encode import parse_encoder
+from strategies import grids
 
 COMPOSED = [
     *arc.ENCODERS,

@@ -13,11 +13,13 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "qwen_eqx": [
         "errors", "files", "chat", "tokenizer", "config", "moves", "layers", "rope", "attention", "cache", "sites", "edits",
-        "model", "sample", "memory", "engine", "generate", "scheduler", "search", "sharding", "hub", "hf", "train", "__init__",
+        "model", "sample", "memory", "engine", "generate", "scheduler", "score", "search", "sharding", "hub", "hf", "train",
+        "__init__",
     ],
     "arc": [
         "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
-        "submission", "score", "generators", "render", "__init__",
+        "submission", "score", "family", "cells", "families_whole", "families_objects", "generators",
+        "canvas", "render", "__init__",
     ],
     "sae": [
         "errors", "files", "sparse", "abstract", "models", "losses", "objectives", "state", "step", "buffer", "plan",

@@ -228,3 +228,25 @@ def test_a_directory_of_qwens_own_tokenizer(tmp_path: Path):
         model(jnp.asarray(ids)), their_logits(theirs(tmp_path / "out"), ids), **tolerances.LOGITS_F32
     )
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beam_search_finds_the_same_sequences(beams: int):
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    ids, stops = tokenizer.encode("### Input\n\n```grid\n1 230\n2 405\n```"), list(range(100, 140))
+    found = qwen_eqx.beam_search(model, ids, beams=beams, max_new_tokens=12, stop_tokens=stops)
+    out = theirs(TINY).generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    np.testing.assert_allclose(found.log_probs, out.sequences_scores, **tolerances.LOGITS_F32)
+    for row, wanted in zip(found.tokens, out.sequences[:, len(ids) :].tolist(), strict=True):
+        assert wanted[: len(row)] == row.tolist()

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tolerances
 
 import sae
+import tolerances
 
 FIXTURES = Path(__file__).parent / "fixtures" / "sae"
 EXPECTED = {  # directory -> form, metadata's hook_name

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import strategies
-import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sae
+import strategies
+import tolerances
 
 FIXTURES = Path(__file__).parent / "fixtures" / "sae" / "saelens"
 METADATA = {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post", "run": {"lr": 0.1, "tasks": ["a"]}}

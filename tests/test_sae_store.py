@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sae
+import strategies
 from sae import files
 
 MANIFEST = sae.Manifest(

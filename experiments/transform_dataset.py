@@ -1,0 +1,192 @@
+"""Turn a Hugging Face data set of ARC-like examples, or a local copy, into ARC tasks with their solutions apart.
+
+Writes `challenges.json` and `solutions.json` in Kaggle's form, one task a line; `summary.json` says what was skipped.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import arc
+import cli
+from arc.data import content_id, reasons, task_from_examples
+from arc.records import STREAMED, dumps, hub_files, iter_records
+from arc.task import Task
+
+SAVE_EVERY = 500  # records between two savings of the state
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
+    """A hub data set (owner/name), a .jsonl or .parquet file, or a directory of them."""
+    out: Path = Path("outputs/dataset")
+    """Where challenges.json, solutions.json and summary.json go."""
+    max_samples: int | None = None
+    """Stop after so many tasks; None takes all. The source is streamed: the rest is never downloaded."""
+    max_train_pairs: int = 4
+    """Training pairs kept per task, at least 2; the pair after them is the test."""
+    revision: str = "main"
+    """Revision of a hub data set."""
+
+
+@dataclass
+class State:
+    """How far the run has come: everything needed to go on as if it had never stopped."""
+
+    config: dict[str, Any]
+    file: int = 0
+    record: int = 0
+    tasks: int = 0
+    challenges_bytes: int = 0
+    solutions_bytes: int = 0
+    duplicates: int = 0
+    skipped: int = 0
+    why: dict[str, int] | None = None
+
+
+def sources(config: Config) -> list[str]:
+    path = Path(config.dataset)
+    if path.is_dir():
+        found = sorted(str(file) for file in path.iterdir() if file.suffix in STREAMED)
+        if not found:
+            raise arc.InputError(f"--dataset {path}: found no {' or '.join(STREAMED)} file, expected at least one")
+        return found
+    if path.suffix in STREAMED or path.exists():
+        if path.suffix not in STREAMED:
+            raise arc.InputError(
+                f"--dataset {path}: found {path.suffix or 'no ending'}, expected {' or '.join(STREAMED)}"
+            )
+        return [str(path)]
+    return hub_files(config.dataset, config.revision)
+
+
+def as_task(record: dict[str, Any], where: str, most: int) -> Task:
+    """A task of 2 to `most` training pairs and one test, named by the hash of what it holds."""
+    if "examples" not in record:
+        raise arc.InputError(f"{where}: found fields {sorted(record)[:6]}, expected a field 'examples'")
+    pairs = task_from_examples(record, where)
+    kept = (*pairs.train, *pairs.test)[: most + 1]
+    if len(kept) < 3:
+        raise arc.InputError(f"{where}: found {len(kept)} pairs, expected at least 3: 2 to train, 1 to test")
+    return Task(content_id(kept), kept[:-1], kept[-1:])
+
+
+def records(files: list[str], state: State) -> Iterator[tuple[str, dict[str, Any] | arc.InputError]]:
+    """Records from where the state stands; it counts them as they are taken."""
+    while state.file < len(files):
+        for found in iter_records(files[state.file], state.record):
+            yield found
+            state.record += 1
+        state.file, state.record = state.file + 1, 0
+
+
+def resume(config: Config, wanted: dict[str, Any]) -> tuple[State, set[str]]:
+    """The saved state and the ids already written; whatever was written after the last saving is cut off."""
+    path = config.out / "state.json"
+    if not path.exists():
+        return State(wanted, why={}), set()
+    state = State(**json.loads(path.read_text()))
+    for name, value in wanted.items():
+        if state.config.get(name) != value:
+            said = f"found a run with {name}={state.config.get(name)!r}, expected {value!r}"
+            raise arc.InputError(f"--out {config.out}: {said}; name another directory")
+    for part, size in (("challenges", state.challenges_bytes), ("solutions", state.solutions_bytes)):
+        os.truncate(config.out / f"{part}.part", size)
+    with open(config.out / "challenges.part") as lines:
+        return state, {next(iter(json.loads("{" + line + "}"))) for line in lines}
+
+
+def convert(config: Config, files: list[str], state: State, seen: set[str]) -> None:
+    """Append tasks to the part files; the state is saved beside them, and on the way out."""
+    why: Counter[str] = Counter(state.why)
+    with (
+        open(config.out / "challenges.part", "a") as challenges,
+        open(config.out / "solutions.part", "a") as solutions,
+        cli.bar(config.max_samples, "transform", "tasks") as advance,  # type: ignore[arg-type]  # rich shows no total
+    ):
+
+        def save() -> None:
+            for handle in (challenges, solutions):
+                handle.flush()
+                os.fsync(handle.fileno())
+            state.challenges_bytes, state.solutions_bytes = challenges.tell(), solutions.tell()
+            state.why = dict(why)
+            cli.write_text(config.out / "state.json", json.dumps(asdict(state)))
+
+        save()
+        for number, (where, record) in enumerate(records(files, state), 1):
+            try:
+                if isinstance(record, arc.InputError):
+                    raise record
+                task = as_task(record, where, config.max_train_pairs)
+            except arc.InputError as error:
+                state.skipped += 1
+                why.update(reasons([str(error)]))
+            else:
+                if task.id in seen:
+                    state.duplicates += 1
+                else:
+                    seen.add(task.id)
+                    output = task.test[0].output
+                    assert output is not None  # task_from_examples reads no pair without one
+                    challenges.write(f"{dumps(task.id)}:{dumps(task.without_answers().to_dict())}\n")
+                    solutions.write(f"{dumps(task.id)}:{dumps([output.tolist()])}\n")
+                    state.tasks += 1
+                    advance(1)
+            if number % SAVE_EVERY == 0:
+                state.record += 1  # this record is done, though the iterator has not been asked for the next
+                save()
+                state.record -= 1
+            if state.tasks == config.max_samples:
+                break
+        state.why = dict(why)
+
+
+def finish(out: Path, state: State) -> None:
+    """The part files become JSON objects, line by line, so that a gigabyte of tasks never lies in memory."""
+    for name in ("challenges", "solutions"):
+        part, whole = out / f"{name}.part", out / f".{name}.json.tmp"
+        with open(part) as lines, open(whole, "w") as handle:
+            handle.write("{")
+            for number, line in enumerate(lines):
+                handle.write(("\n" if number == 0 else ",\n") + line.rstrip("\n"))
+            handle.write("\n}\n")
+        os.replace(whole, out / f"{name}.json")
+    summary = {"tasks": state.tasks, "duplicates": state.duplicates, "skipped": state.skipped, "why": state.why}
+    cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    for name in ("state.json", "challenges.part", "solutions.part"):
+        (out / name).unlink()
+
+
+def main(config: Config) -> None:
+    if config.max_train_pairs < 2:
+        raise arc.InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
+    if config.max_samples is not None:
+        cli.at_least_one("max_samples", config.max_samples)
+    cli.fresh_directory(config.out)
+    wanted = {key: value for key, value in cli.jsonable(config).items() if key != "out"}
+    done = config.out / "challenges.json"
+    if done.exists():
+        raise arc.InputError(f"{done}: found a finished run, expected another --out or no such file")
+    files = sources(config)
+    cli.console.print(f"reading {len(files)} file(s) of {config.dataset}")
+    state, seen = resume(config, wanted)
+    if state.tasks:
+        cli.console.print(f"going on after {state.tasks} tasks")
+    convert(config, files, state, seen)
+    finish(config.out, state)
+    cli.record_run(config.out, config)
+    cli.console.print(f"{state.tasks} tasks, {state.duplicates} duplicates dropped, {state.skipped} skipped")
+    for reason, number in Counter(state.why).most_common():
+        cli.console.print(f"  skipped {number}: expected {reason}", markup=False)
+    cli.console.print(f"wrote {done} and {config.out / 'solutions.json'}")
+    cli.console.print(f"next: python experiments/extract.py --tasks {done}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

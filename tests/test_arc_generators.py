@@ -1,0 +1,148 @@
+"""Every family does by hand-made examples what its sentence says, and its tasks can be solved."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import arc
+from arc.family import Family
+from arc.generators import FAMILIES, make_task, stream
+
+
+def cells(text):
+    return np.array([[int(c) for c in row] for row in text.split("/")], np.uint8)
+
+
+# family, variant, input, output
+BY_HAND = [
+    ("mirror", 0, "12/34", "34/12"),
+    ("mirror", 1, "12/34", "21/43"),
+    ("rotate", 1, "12/34", "24/13"),
+    ("transpose", "main", "12/34", "13/24"),
+    ("transpose", "other", "12/34", "42/31"),
+    ("translate", (1, 0), "12/34/56", "56/12/34"),
+    ("translate", (0, -1), "123", "231"),
+    ("scale", 2, "12", "1122/1122"),
+    ("tile", (1, 2), "12/34", "1212/3434"),
+    ("kaleidoscope", "both", "12/34", "1221/3443/3443/1221"),
+    ("kaleidoscope", "down", "12/34", "12/34/34/12"),
+    ("kaleidoscope", "right", "12/34", "1221/3443"),
+    ("keep_half", "left", "12/34", "1/3"),
+    ("keep_half", "down", "12/34", "34"),
+    ("repeat_pattern", None, "1212/2001/1002/2121", "1212/2121/1212/2121"),
+    ("complete_symmetry", "left and right", "1021/3443", "1221/3443"),
+    ("complete_symmetry", "up and down", "12/34/34/02", "12/34/34/12"),
+    ("gravity", "down", "12/00/30", "00/10/32"),
+    ("gravity", "left", "010/203", "100/230"),
+    ("gravity", "up", "00/12", "12/00"),
+    ("gravity", "right", "120", "012"),
+    ("extend_line", "right", "0100/2030", "0111/2233"),
+    ("extend_line", "up", "00/10", "10/10"),
+    ("panel_and", 7, "11520/10522", "70/70"),
+    ("panel_or", 7, "10502/00500", "77/00"),
+    ("panel_xor", 7, "11502/00500", "70/00"),
+    ("frame", 4, "1111/1231/1111", "4444/4234/4444"),
+    ("sort", "rising", "030/130/132", "003/013/213"),
+    ("sort", "falling", "030/130/132", "300/310/312"),
+    ("recolour", (1, 5), "121", "525"),
+    ("recolour", (1, 0), "121", "020"),
+    ("swap_colours", (1, 2), "1203", "2103"),
+    ("crop_to_object", None, "0000/0120/0020/0000", "12/02"),
+    ("count", "row", "4404/4400/0004", "444"),
+    ("count", "column", "404", "4/4"),
+    ("join_pairs", None, "10010/00000/02200", "11110/00000/02200"),
+    ("join_pairs", None, "3/0/0/3", "3/3/3/3"),
+    ("draw_lines", "cross", "000/060/000", "060/666/060"),
+    ("draw_lines", "row", "000/060", "000/666"),
+    ("draw_lines", "column", "000/060", "060/060"),
+    ("fill_enclosed", 4, "1110/1010/1110", "1110/1410/1110"),
+    ("fill_enclosed", 4, "101/101/111", "101/101/111"),
+    ("outline", 8, "0000/0200/0000", "8880/8280/8880"),
+    ("largest_object", "largest", "1101/0000/2220", "0000/0000/2220"),
+    ("largest_object", "smallest", "1101/0000/2220", "0001/0000/0000"),
+    ("mark_largest", 9, "1101/0000/2220", "1101/0000/9990"),
+    ("crop_largest", "largest", "1101/0000/2220", "222"),
+    ("denoise", None, "110/110/000/003", "110/110/000/000"),
+    ("commonest_colour", "most", "1022/0200", "2"),
+    ("commonest_colour", "least", "1022/0200", "1"),
+]
+
+
+@pytest.mark.parametrize(("name", "variant", "given_", "expected"), BY_HAND)
+def test_rules_by_hand(name, variant, given_, expected):
+    before = cells(given_)
+    found = FAMILIES[name].solve(before, variant)
+    assert found.tolist() == cells(expected).tolist()
+    assert before.tolist() == cells(given_).tolist()
+    assert variant in FAMILIES[name].variants
+
+
+def test_at_least_twenty_families_each_with_one_sentence():
+    assert len(FAMILIES) >= 20
+    assert {name for name, *_ in BY_HAND} == set(FAMILIES)
+    assert all(f.rule.count(".") == 1 and f.rule.endswith(".") and f.rule[0].isupper() for f in FAMILIES.values())
+    assert len({family.rule for family in FAMILIES.values()}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(seed=st.integers(0, 2**40), test=st.integers(1, 2))
+def test_every_task_can_be_solved_from_its_training_pairs(name, seed, test):
+    family, task = FAMILIES[name], make_task(name, seed, test=test)
+    assert (len(task.train), len(task.test)) == (3, test)
+    answers = set()
+    for variant in family.variants:
+        if all(np.array_equal(family.solve(p.input, variant), p.output) for p in task.train):
+            answers.add(tuple(arc.as_grid(family.solve(p.input, variant)).tobytes() for p in task.test))
+    assert answers == {tuple(pair.output.tobytes() for pair in task.test)}
+    for pair in (*task.train, *task.test):
+        assert max(*pair.input.shape, *pair.output.shape) <= 10
+        assert not np.array_equal(pair.input, pair.output)
+    inputs = [(pair.input.shape, pair.input.tobytes()) for pair in (*task.train, *task.test)]
+    assert len(set(inputs)) == len(inputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_seeds_make_tasks(name):
+    some = [make_task(name, seed) for seed in range(8)]
+    assert some == [make_task(FAMILIES[name], seed) for seed in range(8)]
+    assert len({(task.train, task.test) for task in some}) == 8
+    assert some[3].id == f"{name}-3"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("sides", [(4, 5), (1, 6), (12, 12), (20, 30)])
+def test_sizes_stay_within_bounds(name, sides):
+    for seed in range(2):
+        task = make_task(name, seed, sides=sides)
+        assert all(max(*p.input.shape, *p.output.shape) <= sides[1] for p in (*task.train, *task.test))
+
+
+@pytest.mark.parametrize("name", ["mirror", "panel_and", "repeat_pattern", "fill_enclosed", "largest_object"])
+def test_too_little_room_is_said(name):
+    with pytest.raises(arc.InputError, match=rf"^family {name}: found no task within sides \(1, 1\)"):
+        make_task(name, 0, sides=(1, 1))
+
+
+def test_bad_arguments():
+    with pytest.raises(arc.InputError, match="family: found 'nothing', expected one of mirror, rotate"):
+        make_task("nothing", 0)
+    for bad in ({"sides": (0, 3)}, {"sides": (3, 31)}, {"sides": (4, 3)}, {"train": 0}, {"test": 0}):
+        with pytest.raises(arc.InputError, match="expected sides 1 to 30, pairs 1 up"):
+            make_task("mirror", 0, **bad)
+
+
+def test_the_stream_takes_families_in_turn():
+    tasks = stream(5, ["mirror", "gravity"], sides=(3, 4))
+    assert [next(tasks).id for _ in range(4)] == ["mirror-5", "gravity-5", "mirror-6", "gravity-6"]
+
+
+def test_a_family_that_training_pairs_cannot_decide_is_never_made():
+    same_on_training = Family(
+        "trap", "Nothing can be known.", lambda rng, rows, cols, v: rng.integers(0, 9, (rows, cols)).astype(np.uint8),
+        lambda g, v: (g + 1 + v * (g[0, 0] == 0)).astype(np.uint8) % 10, (0, 1),
+    )  # fmt: skip
+    for seed in range(20):
+        task = same_on_training.task(seed, train=1)
+        left = same_on_training.consistent(task.train)
+        assert len({tuple(same_on_training.solve(p.input, v).tobytes() for p in task.test) for v in left}) == 1

@@ -1,0 +1,154 @@
+"""extract.py: from a command line to a store whose rows are what a plain pass computes."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import extract
+import qwen_eqx
+import running
+import sae
+import tolerances
+
+FLAGS = ("--limit", "2", "--max-new-tokens", "4", "--layers", "1,3", "--dtype", "float32", "--items-per-shard", "1")
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("extract") / "store"
+    done = running.run_experiment("extract", *FLAGS, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
+    store = sae.ActivationStore.open(extracted[0])
+    store.verify()
+    assert store.sites == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
+    items = [item for shard in store.shards for item in shard.items]
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    wanted = list(extract.make_items(extract.Config(limit=2, max_new_tokens=4), model.config, tokenizer))
+    assert [(item["task"], item["test"]) for item in items] == [(item.task.id, item.test) for item in wanted]
+    at = 0
+    for number, item in enumerate(wanted):
+        count = items[number]["prompt_tokens"] + items[number]["tokens"] - 1  # the last token is never read
+        rows = store[at : at + count]
+        at += count
+        assert set(np.asarray(rows.item).tolist()) == {number}
+        np.testing.assert_array_equal(rows.positions, np.arange(count))
+        np.testing.assert_array_equal(rows.token_ids[: len(item.tokens)], item.tokens)
+        np.testing.assert_array_equal(rows.generated, np.arange(count) >= len(item.tokens) - 1)
+        room = -(-count // 512) * 512
+        _, acts = running.forward(model, np.asarray(rows.token_ids).tolist(), list(store.sites), room=room)
+        np.testing.assert_allclose(rows.activations.transpose(1, 0, 2), acts, **tolerances.LOGITS_F32)
+    assert at == len(store)
+
+
+def test_it_says_what_it_did_and_what_comes_next(extracted: tuple[Path, str]):
+    out, said = extracted
+    for part in ("demonstration model", "--model", "tok/s", str(out), "next: python experiments/train_sae.py"):
+        assert part in said
+    run = json.loads((out / "run.json").read_text())
+    assert run["config"]["limit"] == 2
+    assert run["config"]["seed"] == 0
+    assert {"jax", "equinox"} <= run["versions"].keys()
+    assert "git_revision" in run
+
+
+def test_a_second_run_finds_all_done_and_another_config_is_refused(
+    extracted: tuple[Path, str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    out = extracted[0]
+    shards = contents(out / "shards")
+    monkeypatch.setattr(extract, "answer", lambda *_: pytest.fail("a committed shard was made again"))
+    same = extract.Config(limit=2, max_new_tokens=4, layers="1,3", dtype="float32", items_per_shard=1, out=out)
+    extract.main(same)
+    assert contents(out / "shards") == shards
+    before = contents(out)
+    other = extract.Config(limit=2, max_new_tokens=5, layers="1,3", dtype="float32", items_per_shard=1, out=out)
+    with pytest.raises(sae.InputError, match="max_new_tokens") as caught:
+        extract.main(other)
+    assert "\n" not in str(caught.value)
+    assert contents(out) == before
+
+
+def test_a_shard_that_is_missing_is_made_again_byte_for_byte(extracted: tuple[Path, str], tmp_path: Path):
+    out, again = extracted[0], tmp_path / "store"
+    (again / "shards").mkdir(parents=True)
+    for name, data in contents(out).items():
+        if not name.startswith("shards/000001"):
+            (again / name).write_bytes(data)
+    done = running.run_experiment("extract", *FLAGS, "--out", str(again))
+    assert done.returncode == 0, done.stderr
+    assert contents(again / "shards") == contents(out / "shards")
+
+
+BAD = {
+    "layers": {"layers": "9"}, "layers as words": {"layers": "first"}, "no limit": {"limit": 0},
+    "tasks": {"tasks": "arc-agi-9/training"}, "model": {"model": "./no-such-model"}, "encoder": {"encoder": "nothing"},
+    "prompt": {"prompt": "nothing"}, "batch size": {"batch_size": -1}, "new tokens": {"max_new_tokens": 0},
+    "shards": {"items_per_shard": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags_are_one_line_and_nothing_is_written(name: str, tmp_path: Path):
+    with pytest.raises((qwen_eqx.InputError, extract.arc.InputError, sae.InputError)) as caught:
+        extract.main(extract.Config(**({"limit": 1} | BAD[name] | {"out": tmp_path / "store"})))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_out_is_a_file(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises((qwen_eqx.InputError, sae.InputError)):
+        extract.main(extract.Config(limit=1, out=path))
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "part"),
+    [(("--layers", "7:3"), {}, "--layers"), ((), {"JAX_PLATFORMS": "nonsense"}, "JAX_PLATFORMS=nonsense")],
+)
+def test_the_process_ends_with_2_and_one_line(flags, environment, part: str, tmp_path: Path):
+    done = running.run_experiment("extract", *flags, "--out", str(tmp_path / "store"), **environment)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+LAYERS = {
+    "all": [0, 1, 2, 3],
+    "late": [2, 3],
+    "1:3": [1, 2],
+    ":2": [0, 1],
+    "2:": [2, 3],
+    "3,0": [3, 0],
+    " 1 , 2": [1, 2],
+}
+
+
+@pytest.mark.parametrize("text", LAYERS)
+def test_layers_are_read(text: str):
+    assert extract.parse_layers(text, 4) == LAYERS[text]
+
+
+@pytest.mark.parametrize("text", ["", "4", "0:5", "3:1", "-1", "1:2:3", "a", "0,,1", "0,4"])
+def test_layers_that_do_not_exist(text: str):
+    with pytest.raises(qwen_eqx.InputError, match="--layers") as caught:
+        extract.parse_layers(text, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_late_is_the_last_three_fifths():
+    assert extract.parse_layers("late", 24) == list(range(10, 24))
+    assert extract.parse_layers("late", 1) == [0]

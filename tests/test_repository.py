@@ -1,0 +1,167 @@
+"""What the repository says of itself is so: README, examples, flags, the wheel, and what no tracked file may hold."""
+
+import ast
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import tyro
+
+from test_architecture import ORDER
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+IN_TREE = [*ORDER, "experiments", "benchmarks"]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "cli.run(" in path.read_text())
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
+
+
+EXAMPLES = [page for page in PAGES if blocks(page, "python")]
+
+
+def tree() -> dict[str, list[str]]:
+    """Directory -> names in the order of the README's annotated tree; every line must carry a description."""
+    (block,) = (block for block in blocks("README.md", "") if block.startswith("qwen_eqx/"))
+    found: dict[str, list[str]] = {}
+    for line in block.splitlines():
+        name, _, description = line.strip().partition(" ")
+        assert description.strip(), f"README: {name} has no description"
+        if not line.startswith(" "):
+            found[name.rstrip("/")] = []
+        else:
+            found[list(found)[-1]].append(name)
+    return found
+
+
+@pytest.mark.parametrize("directory", IN_TREE)
+def test_the_tree_names_every_file(directory: str):
+    files = {path.name for path in (ROOT / directory).glob("*.py")} - {"__init__.py"}
+    files |= {f"pretrained/{path.name}/" for path in (ROOT / directory).glob("pretrained/*/") if path.is_dir()}
+    named = tree()[directory]
+    assert set(named) == files, f"README's tree of {directory}/: left are the names there, right are the files"
+    if directory in ORDER:
+        rooms = [f"{room}.py" for room in ORDER[directory]]
+        modules = [name for name in named if name.endswith(".py")]
+        assert modules == sorted(modules, key=rooms.index), "the tree reads in the order of imports"
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A page's examples run one after another, as somebody who reads it would run them."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "example"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for number, block in enumerate(blocks(page, "python"), 1):
+            exec(compile(block, f"{page}, example {number}", "exec"), names)
+
+
+def test_the_readme_has_an_example_and_two_commands():
+    assert blocks("README.md", "python")
+    commands = blocks("README.md", "bash")
+    assert [command.count("\n") for command in commands] == [1, 1]
+    main, tests = (command.strip() for command in commands)
+    assert re.fullmatch(r"pip install -e '\.\[(\w+)\]' && python experiments/\w+\.py", main)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"\[(\w+)\]", main + tests)) <= extras.keys()
+    assert (ROOT / main.split()[-1]).exists()
+
+
+def test_ci_runs_the_readme_test_command():
+    tests = blocks("README.md", "bash")[1].strip()
+    assert re.findall(r'^TESTS="(.*)"$', (ROOT / ".ci" / "run").read_text(), re.MULTILINE) == [tests]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str):
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), f"{page}: {link} does not exist"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_flag_says_what_it_is_for(name: str, capsys: pytest.CaptureFixture[str]):
+    source = ast.parse((ROOT / "experiments" / f"{name}.py").read_text())
+    runs = [call for call in ast.walk(source) if isinstance(call, ast.Call) and ast.unparse(call.func) == "cli.run"]
+    assert len(runs) == 1
+    config = ast.unparse(runs[0].args[1])
+    (body,) = (node.body for node in source.body if isinstance(node, ast.ClassDef) and node.name == config)
+    for field, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert said, f"{name}.{config}.{ast.unparse(field.target)}: expected a sentence under it"
+            assert field.value is not None, f"{name}.{config}.{ast.unparse(field.target)}: expected a default"
+    with pytest.raises(SystemExit) as done:
+        tyro.cli(getattr(import_module(name), config), args=["--help"])
+    assert done.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_place_on_one_machine():
+    place = re.compile(rb"(?<![\w.:/~*}-])/(?:root|home|Users|work|workspace|mnt|opt|srv|scratch)/\w|\b[A-Z]:\\\\Users")
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group().decode()}"
+        for path in tracked()
+        if b"\0" not in (data := path.read_bytes()) and (match := place.search(data))
+    ]
+    assert not found
+
+
+def test_nothing_is_unpickled_or_evaluated():
+    calls = {"eval", "exec", "__import__", "torch.load", "pickle.load", "pickle.loads"}
+    modules = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    for path in tracked():
+        if path.suffix != ".py" or path.relative_to(ROOT).parts[0] == "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            here = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & modules, here
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in modules, here
+            elif isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in calls, here
+                for word in node.keywords:
+                    allows = isinstance(word.value, ast.Constant) and word.value.value is False
+                    assert word.arg != "allow_pickle" or allows, here
+
+
+def test_the_wheel_is_whole(tmp_path: Path):
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        held = {name for name in opened.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in opened.namelist() if name.endswith("METADATA"))
+        facts = opened.read(metadata).decode()
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for package in ORDER
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == expected
+    assert {f"{package}/py.typed" for package in ORDER} <= held
+    assert "qwen_eqx/pretrained/tiny-arc/model.safetensors" in held
+    assert "License-Expression: MIT" in facts
+    assert "Requires-Python: >=3.11" in facts
