@@ -41,6 +41,7 @@ def main(config: Config) -> None:
     if config.child:
         print(json.dumps(compiled(config)))
         return
+    measure.config_of(config.shape)  # wrong input is refused here, not in the child
     with tempfile.TemporaryDirectory() as cache:
         rows = []
         for which in ("first", "from the persistent cache"):
