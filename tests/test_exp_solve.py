@@ -255,7 +255,7 @@ def test_prompts_that_do_not_fit_are_said_and_leave_the_rest(source, tmp_path):
 def test_an_answer_ends_with_a_stop_and_holds_none_before(name):
     _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
     encoder = arc.ENCODERS[name]
-    stops = [tuple(stop) for stop in answering.closing_sequences(tokenizer, encoder)]
+    stops = answering.closing_sequences(tokenizer, encoder)
     assert bool(stops) == bool(encoder.opening)
     rng = np.random.default_rng(0)
     for rows, cols in [(1, 1), (30, 30), (2, 7), (11, 3)]:
