@@ -77,6 +77,7 @@ def main(config: Config) -> None:
     items = list(make_items(config, model.config, tokenizer))
     writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
     cli.record_run(config.out, config)
+    cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
     generated, seconds = 0, 0.0
     todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
     with cli.bar(len(todo), "generating", "prompts") as advance:
@@ -134,6 +135,21 @@ def parse_layers(text: str, layers: int) -> list[int]:
             f"the model has blocks 0 to {layers - 1}"
         )
     return chosen
+
+
+def memory(config: Config, model: qwen_eqx.Qwen, capture: qwen_eqx.Capture, items: list[Item]) -> qwen_eqx.MemoryPlan:
+    """What the longest batch allocates, known before it does."""
+    width = qwen_eqx.prompt_width(max(len(item.tokens) for item in items))
+    kept = config.max_new_tokens + (width if config.positions == "all" else 0)
+    return qwen_eqx.MemoryPlan.of(
+        model.config,
+        batch=config.batch_size,
+        kv_seq=width + config.max_new_tokens,
+        cache_dtype=config.dtype,
+        sites=len(capture.resolve(model.config)),
+        captured_positions=config.batch_size * kept,
+        capture_dtype=config.dtype,
+    )
 
 
 def answer(

@@ -13,6 +13,7 @@ from qwen_eqx.errors import InputError as InputError
 from qwen_eqx.generate import Generation as Generation
 from qwen_eqx.generate import generate as generate
 from qwen_eqx.generate import prepare as prepare
+from qwen_eqx.generate import prompt_width as prompt_width
 from qwen_eqx.hf import from_pretrained as from_pretrained
 from qwen_eqx.hf import save_pretrained as save_pretrained
 from qwen_eqx.memory import MemoryPlan as MemoryPlan

@@ -243,7 +243,7 @@ def prompt_rows(
     return rows
 
 
-def prompt_width(longest: int, prefill_chunk: int) -> int:
+def prompt_width(longest: int, prefill_chunk: int = PREFILL_CHUNK) -> int:
     """Positions that prompts are padded to: a bucket, or a multiple of the chunk where they are read in chunks."""
     width = bucket(longest)
     return width if width <= prefill_chunk else -(-longest // prefill_chunk) * prefill_chunk

@@ -28,7 +28,24 @@ class Greedy(AbstractSampler):
     """argmax of the logits, the lowest id among equals."""
 
     def __call__(self, logits: Logits, keys: Key[Array, " batch"], seen: Seen | None) -> Int[Array, " batch"]:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
+
+
+def likeliest(logits: Logits) -> Int[Array, " batch"]:
+    """argmax of each row, the lowest id among equals.
+
+    XLA:CPU compares pairs of value and index one at a time; two plain reductions vectorise: 5.2 ms -> 0.5 for 8 rows of
+    151,936. Over many rows the second one spills, hence 8 at a time: 26 ms -> 2.2 for 32.
+    """
+    tokens = jax.lax.platform_dependent(logits, cpu=_first_of_the_greatest, default=lambda all: jnp.argmax(all, -1))
+    return tokens.astype(jnp.int32)
+
+
+def _first_of_the_greatest(logits: Logits) -> Int[Array, " batch"]:
+    def first(row: Float32[Array, " vocab"]) -> Int[Array, ""]:
+        return jnp.where(row < row.max(), row.shape[0], jnp.arange(row.shape[0])).min()
+
+    return jax.lax.map(first, logits, batch_size=8)
 
 
 class AbstractFilter(AbstractSampler):
@@ -68,8 +85,8 @@ class TopK(AbstractFilter):
 
     def filter(self, logits: Logits, seen: Seen | None) -> Logits:
         if self.k == 1:  # ties would leave two; greedy takes the first
-            best = jnp.argmax(logits, axis=-1)[:, None]
-            return jnp.where(jnp.arange(logits.shape[-1])[None, :] == best, logits, -jnp.inf)
+            first = likeliest(logits)[:, None]
+            return jnp.where(jnp.arange(logits.shape[-1])[None, :] == first, logits, -jnp.inf)
         # float32: on CPU a bf16 top_k falls back to a sort of the whole vocabulary
         least = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][:, -1:]
         return jnp.where(logits >= least, logits, -jnp.inf)

@@ -2,6 +2,7 @@
 
 from sae import report as report
 from sae.abstract import AbstractSAE as AbstractSAE
+from sae.buffer import ShuffleBuffer as ShuffleBuffer
 from sae.errors import InputError as InputError
 from sae.formats import Loaded as Loaded
 from sae.formats import load as load
@@ -22,3 +23,6 @@ from sae.store import Rows as Rows
 from sae.store import StoreWriter as StoreWriter
 from sae.survey import Survey as Survey
 from sae.survey import promoted_tokens as promoted_tokens
+from sae.train import NotFinite as NotFinite
+from sae.train import TrainConfig as TrainConfig
+from sae.train import TrainState as TrainState

@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | None = None, keep: int = 3) -> Path:
-    """Write the arrays of `state` and the JSON `cursor` as checkpoint `step`; of older ones the last `keep` − 1 stay."""
+    """Write the arrays of `state` and the JSON `cursor` as checkpoint `step`; the last `keep` stay."""
     if keep < 1:
         raise InputError(f"keep: found {keep}, expected at least 1")
     arrays = _named_arrays(state)
@@ -105,7 +105,7 @@ def _plain(leaf: Any) -> Any:
 
 def _named_arrays(state: Any) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {_name(keys): np.ascontiguousarray(_plain(leaf)) for keys, leaf in leaves if eqx.is_array(leaf)}
+    return {_name(keys): np.asarray(_plain(leaf), order="C") for keys, leaf in leaves if eqx.is_array(leaf)}
 
 
 def _named_shapes(state: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

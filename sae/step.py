@@ -112,7 +112,7 @@ def _update(
         along = jnp.sum(gradient.decoder * module.decoder, axis=-1, keepdims=True)
         gradient = eqx.tree_at(lambda g: g.decoder, gradient, gradient.decoder - along * module.decoder)
     if config.clip_norm is not None:
-        shrink = jnp.minimum(1.0, config.clip_norm / (optax.global_norm(gradient) + 1e-6))
+        shrink = jnp.minimum(1.0, config.clip_norm / (optax.tree.norm(gradient) + 1e-6))
         gradient = jax.tree.map(lambda g: g * shrink, gradient)
     gradient = jax.tree.map(lambda g: jnp.where(good, g, 0.0), gradient)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count

@@ -14,7 +14,7 @@ import oracles
 import qwen_eqx
 import tiny
 from qwen_eqx import Chain, Greedy, InputError, MinP, RepetitionPenalty, Temperature, TopK, TopP
-from qwen_eqx.sample import _invert, draw
+from qwen_eqx.sample import _invert, draw, likeliest
 
 VOCAB, DRAWS = 23, 20_000
 LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
@@ -145,6 +145,13 @@ def test_filters_keep_ties_and_greedy_takes_the_first():
     assert np.isfinite(np.asarray(TopK(3).filter(tied, None))).tolist() == [[True, True, True, False]]
     keys = jax.random.split(jax.random.key(0), 1)
     assert Greedy()(tied, keys, None).tolist() == TopK(1)(tied, keys, None).tolist() == [1]
+
+
+@given(rows=st.integers(1, 19), vocab=st.integers(1, 40), seed=st.integers(0, 2**16))
+def test_the_likeliest_token_is_the_first_of_the_greatest(rows: int, vocab: int, seed: int):
+    logits = np.random.default_rng(seed).integers(-3, 3, (rows, vocab)).astype(np.float32)  # ties everywhere
+    logits[logits < -2] = -np.inf
+    np.testing.assert_array_equal(likeliest(jnp.asarray(logits)), logits.argmax(-1))
 
 
 @given(seed=st.integers(0, 999))

@@ -1,0 +1,128 @@
+"""Pictures and tables of SAE runs; matplotlib draws where it is installed, and one line says so where it is not."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+HOW_TO_GET_IT = "not drawn: pip install 'qwen-eqx[plots]' for matplotlib"
+COLUMNS = {
+    "fvu": "FVU",
+    "explained_variance": "explained",
+    "l0": "L0",
+    "dead_fraction": "dead",
+    "dense_fraction": "dense",
+    "cosine": "cosine",
+    "norm_ratio": "norm ratio",
+    "ce_recovered": "CE rec.",
+    "kl_recovered": "KL rec.",
+}
+INK, GRID = "#333333", "#dddddd"
+COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e08e1b", "#7a5195", "#5f6b6d", "#00a6a6", "#a05a2c")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def metrics_table(results: Mapping[str, Mapping[str, Any]], title: str = "on held-out tasks") -> Table:
+    """One row per SAE; lower fvu is better."""
+    columns = [name for name in COLUMNS if name in next(iter(results.values()))]
+    table = Table("", *(COLUMNS[name] for name in columns), title=title)
+    for name, row in results.items():
+        table.add_row(name, *(f"{row[column]:.4g}" for column in columns))
+    return table
+
+
+def loss_curves(path: Path, history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Loss, FVU and L0 of each member against the step."""
+    steps = [entry["step"] for entry in history]
+    with _figure(path, columns=3) as axes:
+        for ax, (field, label) in zip(axes, (("loss", "loss"), ("fvu", "FVU of the batch"), ("l0", "L0")), strict=True):
+            for member, name in enumerate(names):
+                values = [entry[field][member] for entry in history]
+                ax.plot(steps, values, color=COLOURS[member % len(COLOURS)], linewidth=1.3, label=name)
+            ax.set(xlabel="step", ylabel=label)
+            if field != "l0":
+                ax.set_yscale("log")
+        if len(names) > 1:
+            axes[0].legend(fontsize=7, frameon=False)
+    return _said(path)
+
+
+def densities(path: Path, counts: np.ndarray, edges: np.ndarray, dead: int) -> str:
+    """How many latents fire how often."""
+    with _figure(path, columns=1) as (ax,):
+        ax.bar(edges[:-1], counts, np.diff(edges), align="edge", color=COLOURS[0])
+        ax.set(xlabel="log10 of the share of positions on which a latent fires", ylabel="latents")
+        ax.set_title(f"{dead} latents never fired", fontsize=9)
+    return _said(path)
+
+
+def breakdown(path: Path, groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """FVU (bars) and L0 (dots) by position, and by task."""
+    with _figure(path, columns=len(groups)) as axes:
+        for ax, (what, rows) in zip(axes, groups.items(), strict=True):
+            shown = {name: row for name, row in rows.items() if row["rows"]}
+            places = np.arange(len(shown))
+            ax.bar(places, [row["fvu"] for row in shown.values()], color=COLOURS[0])
+            labels = list(shown) if len(shown) <= 40 else [""] * len(shown)
+            ax.set_xticks(places, labels, rotation=90, fontsize=6)
+            ax.set(xlabel=what, ylabel="FVU")
+            ax.yaxis.label.set_color(COLOURS[0])
+            other = ax.twinx()
+            other.plot(places, [row["l0"] for row in shown.values()], ".", color=COLOURS[1])
+            other.set_ylabel("L0", color=COLOURS[1])
+            other.spines[["top"]].set_visible(False)
+            other.set_ylim(bottom=0)
+    return _said(path)
+
+
+def frontier(path: Path, results: Mapping[str, Mapping[str, Any]], note: str) -> str:
+    """FVU against L0, a line for each form: lower and further left is better."""
+    with _figure(path, columns=1) as (ax,):
+        for number, form in enumerate(dict.fromkeys(row["form"] for row in results.values())):
+            points = sorted((row["l0"], row["fvu"]) for row in results.values() if row["form"] == form)
+            ax.plot(*zip(*points, strict=True), marker=MARKS[number], color=COLOURS[number], label=form, linewidth=1.2)
+        ax.set(xlabel="L0: latents that fire per position", ylabel="FVU (lower is better)", xscale="log", yscale="log")
+        ax.set_title(note, fontsize=8)
+        ax.legend(frameon=False, fontsize=8)
+    return _said(path)
+
+
+@contextmanager
+def _figure(path: Path, columns: int):
+    """Axes to draw on, saved to `path` at the end; without matplotlib nothing is drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        yield [_Nothing() for _ in range(columns)]
+        return
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none", "font.size": 8, "axes.edgecolor": INK}):
+        figure = Figure(figsize=(max(4.8, 3.4 * columns), 3.2), layout="constrained")
+        axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+        for ax in axes:
+            ax.grid(color=GRID, linewidth=0.6)
+            ax.set_axisbelow(True)
+            ax.spines[["top", "right"]].set_visible(False)
+        yield axes
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+class _Nothing:
+    """Stands for axes where there is no matplotlib: takes every call."""
+
+    def __getattr__(self, name: str) -> "_Nothing":
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> "_Nothing":
+        return self
+
+    def __getitem__(self, _: Any) -> "_Nothing":
+        return self
+
+
+def _said(path: Path) -> str:
+    return str(path) if path.exists() else HOW_TO_GET_IT

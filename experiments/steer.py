@@ -1,0 +1,163 @@
+"""Turn one latent of a sparse autoencoder up or down while a model answers ARC tasks, and show before and after.
+
+add:   x' = x + value · decoder_j at the SAE's site.
+clamp: latent j is held at the value, and what the SAE leaves out of x stays as it was.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Column, Table
+from rich.text import Text
+
+import activations
+import arc
+import cli
+import extract
+import pages
+import qwen_eqx
+import sae
+import splicing
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    sae: str = "runs/train_sae/sae"
+    """SAE directory, file or hub id."""
+    latent: int | None = None
+    """Number of the latent; without it the strongest of those that fire on 0.1 to 10 % of the prompts' tokens."""
+    mode: Literal["add", "clamp"] = "add"
+    """Add the latent's direction, or hold the latent at a value."""
+    strength: float = 4.0
+    """The value, in units of the latent's largest one on these prompts (of 1 if it never fires); may be negative or 0."""
+    where: Literal["all", "prompt", "generated"] = "all"
+    """Positions to change: all, the prompt's, or those that choose generated tokens."""
+    model: str | None = None
+    """Embedded name, directory or hub id; without it the model that the SAE names."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the model."""
+    layer: int | None = None
+    """Residual stream after this block; without it the site that the SAE names."""
+    site: str | None = None
+    """Any other place, as TransformerLens or Hugging Face spell it."""
+    tasks: str | None = None
+    """Data set; without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
+    limit: int = 3
+    """Tasks to take at most."""
+    max_prompt: int = 1024
+    """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped."""
+    max_new_tokens: int = 64
+    """Tokens to generate at most."""
+    encoder: str = arc.DEFAULT_ENCODER
+    """How grids become text."""
+    prompt: str = arc.DEFAULT_PROMPT
+    """Prompt format."""
+    out: Path = Path("runs/steer")
+    """Directory of steer.json."""
+
+
+def main(config: Config) -> None:
+    for name in ("limit", "max_prompt", "max_new_tokens"):
+        cli.at_least_one(name, getattr(config, name))
+    if not math.isfinite(config.strength):
+        raise sae.InputError(f"--strength: found {config.strength}, expected a finite number")
+    module, metadata, _ = sae.load_with_metadata(config.sae)
+    if config.latent is not None and not 0 <= config.latent < module.d_sae:
+        raise sae.InputError(f"--latent: found {config.latent}, expected 0 to {module.d_sae - 1}")
+    name = config.model or str(metadata.get("model_name", "tiny-arc"))
+    model, tokenizer = qwen_eqx.from_pretrained(name, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    site = splicing.site_of(model.config, module, metadata, config.layer, config.site)
+    chosen = pages.unseen_tasks(metadata, config.tasks)[: config.limit]
+    items = activations.read_items(chosen, config.max_prompt, model.config, tokenizer, config.encoder, config.prompt)
+    latent, peak = pick(model, module, items, site, config.latent)
+    value = config.strength * (peak or 1.0)
+    verb = f"plus {value:.3g} times" if config.mode == "add" else f"with the value held at {value:.3g} of"
+    cli.console.print(
+        f"latent {latent} at {site}: {verb} its direction; its largest value on these prompts is {peak:.3g}"
+    )
+    cli.fresh_directory(config.out)
+    cli.record_run(config.out, config)
+    edit = make_edit(config, module, latent, value, site)
+    before, after = (answer(config, model, tokenizer, items, edits) for edits in ((), (edit,)))
+    table = Table(
+        "task",
+        Column("before", overflow="fold"),
+        Column("after", overflow="fold"),
+        title=f"latent {latent}, {config.mode}, {config.where}",
+        show_lines=True,
+    )
+    for item, old, new in zip(items, before, after, strict=True):
+        table.add_row(item.task.id, printable(old["text"]), printable(new["text"]))
+    cli.console.print(table, soft_wrap=False)
+    changed = float(np.mean([old["tokens"] != new["tokens"] for old, new in zip(before, after, strict=True)]))
+    cli.console.print(f"{changed:.0%} of the answers changed")
+    facts = {"latent": latent, "value": value, "site": site, "peak": peak, "changed": changed}
+    rows = [{"task": i.task.id, "before": a, "after": b} for i, a, b in zip(items, before, after, strict=True)]
+    cli.write_text(config.out / "steer.json", json.dumps(facts | {"answers": rows}, indent=2) + "\n")
+    cli.console.print(f"wrote: {config.out / 'steer.json'}")
+    cli.console.print(
+        f"next: python experiments/steer.py --sae {config.sae} --latent {latent} --strength -4 (or --mode clamp)"
+    )
+
+
+def pick(
+    model: qwen_eqx.Qwen, module: sae.AbstractSAE, items: list[extract.Item], site: str, latent: int | None
+) -> tuple[int, float]:
+    """The latent asked for or chosen, and its largest value on the prompts."""
+    codes = [module.encode(splicing.activation(model, item.tokens, site)) for item in items]
+    peaks = np.max([np.asarray(jnp.max(z, axis=0)) for z in codes], axis=0)
+    fired = np.sum([np.asarray(jnp.sum((z > 0).astype(jnp.int32), axis=0)) for z in codes], axis=0)
+    share = fired / sum(len(item.tokens) for item in items)
+    if latent is None:
+        selective = np.where((share >= 0.001) & (share <= 0.1), peaks, 0.0)
+        latent = int(np.argmax(selective if selective.any() else peaks))
+    return latent, float(peaks[latent])
+
+
+def printable(text: str) -> Text:
+    """Text for a terminal: a control character becomes a dot."""
+    return Text("".join(each if each.isprintable() or each == "\n" else "·" for each in text))
+
+
+def make_edit(config: Config, module: sae.AbstractSAE, latent: int, value: float, site: str) -> qwen_eqx.AbstractEdit:
+    if config.mode == "add":
+        return qwen_eqx.Steer(module.decoder[latent], value, site=site, where=config.where)
+    held = splicing.Clamped(module, jnp.int32(latent), jnp.float32(value))
+    return qwen_eqx.Replace(held, error_of=module, site=site, where=config.where)
+
+
+def answer(
+    config: Config,
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    items: list[extract.Item],
+    edits: tuple[qwen_eqx.AbstractEdit, ...],
+) -> list[dict[str, Any]]:
+    """What the model writes, greedily, and how it reads as a grid."""
+    out = qwen_eqx.generate(
+        model,
+        [item.tokens for item in items],
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=tokenizer.eos_ids,
+        pad_token=tokenizer.pad_id,
+        edits=edits,
+    )
+    found = []
+    for row, item in enumerate(items):
+        tokens = np.asarray(out.tokens[row, : int(out.lengths[row])])
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        parsed = arc.parse.parse(text, config.encoder, item.prompt.begun)
+        grid = None if parsed.grid is None else parsed.grid.tolist()
+        found.append({"text": text, "tokens": tokens.tolist(), "grid": grid, "reason": parsed.reason})
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

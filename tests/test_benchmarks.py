@@ -1,0 +1,51 @@
+"""Every benchmark runs on a tiny shape and prints its table; no time is asserted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RUNS = {
+    "decode": ["--dtypes", "bfloat16", "--batches", "2", "--prompt", "20", "--steps", "2", "--repeats", "1"],
+    "prefill": ["--prompts", "20", "--repeats", "1"],
+    "capture": ["--batches", "2", "--layers", "1", "--prompt", "20", "--lengths", "16", "--steps", "2", "--repeats", "1"],
+    "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
+    "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
+}  # fmt: skip
+
+
+def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_runs_and_prints_its_table(name: str):
+    done = run(name, "--shape", "tiny", *RUNS[name])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("## ") for line in lines)
+    assert any(f"benchmarks/{name}.py --shape tiny" in line and "commit" in line for line in lines), "no provenance"
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) >= 3
+    assert any(character.isdigit() for character in table[2])
+
+
+def test_a_wrong_shape_is_one_line():
+    done = run("decode", "--shape", "no-such")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: shape: found 'no-such'")
+
+
+def test_a_peer_that_cannot_run_is_one_line(tmp_path: Path):
+    done = run("prefill", "--shape", "tiny", "--prompts", "20", "--peer-python", str(tmp_path / "python"))
+    assert done.returncode == 2
+    assert "peer-python" in done.stderr.strip().splitlines()[-1]

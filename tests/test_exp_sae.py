@@ -1,0 +1,290 @@
+"""The SAE experiments as a user runs them: small runs end to end, resumed, stopped and refused; cells found in prompts."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+import activations
+import arc
+import cli
+import evaluate_sae
+import extract
+import pages
+import qwen_eqx
+import sae
+import splicing
+import steer
+import tolerances
+import train_sae
+import training
+from running import ROOT, run_experiment
+from sae import metrics
+
+SMALL = training.Config(
+    limit=6, held_out=2, max_new_tokens=4, d_sae=64, k=4, steps=8, batch_size=64, steps_per_call=2, checkpoint_every=4,
+    max_prompt=512, buffer_rows=8192,
+)  # fmt: skip
+WEIGHTS = "sae/sae_weights.safetensors"
+
+
+def run(script: Any, config: Any) -> str:
+    """What an experiment prints, run in this process: its compilations serve the next."""
+    with redirect_stdout(io.StringIO()) as said:
+        script.main(config)
+    return said.getvalue()
+
+
+def small(out: Path, **fields: Any) -> training.Config:
+    return dataclasses.replace(SMALL, out=out, **fields)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A short live run."""
+    out = tmp_path_factory.mktemp("trained")
+    said = run(train_sae, small(out))
+    for word in ("share of the time: model", "buffer", "SAE", "on held-out tasks", "loss curve", "next: python"):
+        assert word in said
+    return out
+
+
+def test_a_run_leaves_an_sae_a_picture_and_metrics_of_tasks_it_never_saw(trained: Path):
+    module, metadata, density = sae.load_with_metadata(trained / "sae")
+    assert isinstance(module, sae.TopK)
+    assert (module.d_model, module.d_sae, module.k) == (64, 64, 4)
+    assert metadata["hook_name"] == "blocks.2.hook_resid_post"
+    assert len(metadata["held_out_tasks"]) == 2
+    assert density is not None
+    assert (trained / "loss.svg").read_text().count("<path") > 3
+    found = json.loads((trained / "metrics.json").read_text())["sae"]
+    assert found["fvu"] > 0
+    assert 0 < found["l0"] <= 4
+
+
+def test_the_same_command_again_changes_nothing_and_another_config_is_refused(trained: Path):
+    before = (trained / WEIGHTS).read_bytes()
+    assert "going on from step 8 of 8" in run(train_sae, small(trained))
+    assert (trained / WEIGHTS).read_bytes() == before
+    with pytest.raises(sae.InputError, match=r"lr was 0\.002 and is 0\.5"):
+        run(train_sae, small(trained, lr=0.5))
+
+
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(cli.Stopped):
+            run(train_sae, small(tmp_path))
+    assert not (tmp_path / "sae").exists()
+    assert training.checkpoint.steps(tmp_path / "checkpoints") == [2, 4] or training.checkpoint.steps(
+        tmp_path / "checkpoints"
+    ) == [2]
+    assert "going on from step" in run(train_sae, small(tmp_path))
+    ends = [place / "checkpoints" / "00000008" / "state.safetensors" for place in (trained, tmp_path)]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+
+
+def test_the_command_line_stops_with_75_and_refuses_with_2(tmp_path: Path):
+    flags = ("--limit", "4", "--held-out", "1", "--max-prompt", "512", "--buffer-rows", "16384", "--out", str(tmp_path))
+    command = [sys.executable, str(ROOT / "experiments" / "train_sae.py"), *flags, "--steps", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if (tmp_path / "checkpoints").exists() and training.checkpoint.steps(tmp_path / "checkpoints"):
+                break
+            time.sleep(0.2)
+        process.terminate()
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    assert error.startswith("stopped: ")
+    refused = run_experiment("train_sae", *flags, "--sweep", "depth=3")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --sweep")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"step \d+: the loss is not finite"):
+        run(train_sae, small(tmp_path, lr=1e30, steps=400))
+    for step in training.checkpoint.steps(tmp_path / "checkpoints"):
+        arrays = safetensors.numpy.load_file(tmp_path / "checkpoints" / f"{step:08d}" / "state.safetensors")
+        assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f")
+
+
+def test_a_sweep_trains_the_same_saes_as_single_runs(tmp_path: Path, trained: Path):
+    run(train_sae, small(tmp_path, sweep=("k=2,4",)))
+    assert sae.load(tmp_path / "sae" / "k2").k == 2  # pyright: ignore[reportAttributeAccessIssue]
+    one, many = sae.load(trained / "sae"), sae.load(tmp_path / "sae" / "k4")
+    np.testing.assert_allclose(many.decoder, one.decoder, **tolerances.SAME_F32)
+
+
+def test_live_equals_replay(tmp_path: Path):
+    """The same rows in the same order give the same SAE, bit for bit."""
+    store = tmp_path / "store"
+    options = {"limit": 3, "max_new_tokens": 4, "tasks": str(short_tasks(tmp_path))}
+    run(extract, extract.Config(**options, batch_size=2, items_per_shard=2, layers="2,3", out=store))
+    shape = {"limit": 3, "tasks": options["tasks"], "held_out": 1, "prompts": 2, "layer": 3, "steps": 4}
+    run(train_sae, small(tmp_path / "live", **shape))
+    run(train_sae, small(tmp_path / "replay", source="store", store=store, **shape))
+    assert (tmp_path / "live" / WEIGHTS).read_bytes() == (tmp_path / "replay" / WEIGHTS).read_bytes()
+
+
+def short_tasks(where: Path) -> Path:
+    """Three tasks whose prompts need no cutting."""
+    tasks = sorted(arc.load_tasks("arc-agi-1/training"), key=lambda task: sum(p.input.size for p in task.train))[:3]
+    arc.write_tasks(where / "tasks.json", tasks)
+    return where / "tasks.json"
+
+
+def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
+    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_tokens=512, out=tmp_path))
+    assert "the largest change of a logit is 0" in said
+    found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
+    assert found["identity"] == 0.0
+    for name in ("fvu", "explained_variance", "l0", "cosine", "norm_ratio", "ce_recovered", "kl_recovered", "dead"):
+        assert np.isfinite(found[name])
+    assert found["fvu"] == pytest.approx(1 - found["explained_variance"])
+    assert set(found["task"]) <= set(sae.load_with_metadata(trained / "sae").metadata["held_out_tasks"])
+    rows = sum(group["rows"] for group in found["position"].values())
+    assert rows == sum(group["rows"] for group in found["task"].values()) == found["rows"]
+    page = (tmp_path / "report.html").read_text()
+    assert "test input" in page
+    assert "<script" not in page
+    assert (tmp_path / "densities.svg").exists()
+    assert (tmp_path / "breakdown.svg").exists()
+
+
+def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
+    foreign = sae.BatchTopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
+    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post"})
+    shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
+    config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
+    run(evaluate_sae, dataclasses.replace(config, max_tokens=512, out=tmp_path / "out"))
+    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
+    assert (tmp_path / "out" / "fvu_l0.svg").stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("mode", ["add", "clamp"])
+def test_steering_shows_before_and_after(trained: Path, tmp_path: Path, mode: Any):
+    config = steer.Config(sae=str(trained / "sae"), mode=mode, limit=2, max_new_tokens=4, max_prompt=512, out=tmp_path)
+    said = run(steer, dataclasses.replace(config, strength=40.0))
+    assert "before" in said
+    assert "after" in said
+    assert json.loads((tmp_path / "steer.json").read_text())["changed"] > 0
+    if mode == "add":
+        run(steer, dataclasses.replace(config, strength=0.0))
+        assert json.loads((tmp_path / "steer.json").read_text())["changed"] == 0
+
+
+BAD = [
+    ({"sweep": ("depth=1,2",)}, "--sweep"),
+    ({"sweep": ("k=4,4",)}, "--sweep"),
+    ({"sweep": ("k=0,4",)}, "--k"),
+    ({"lr": float("nan")}, "--lr"),
+    ({"held_out": 6, "limit": 6}, "--held-out"),
+    ({"buffer_rows": 100}, "--buffer-rows"),
+    ({"layer": 1, "site": "blocks.1.hook_resid_post"}, "--layer, --site"),
+    ({"layer": 9}, "blocks.9"),
+    ({"source": "store", "store": Path("nowhere")}, "nowhere"),
+    ({"max_prompt": 3}, "no prompt"),
+]
+
+
+@pytest.mark.parametrize(("fields", "word"), BAD, ids=[str(word) for _, word in BAD])
+def test_bad_input_is_refused_by_name(fields, word, tmp_path: Path):
+    with pytest.raises((sae.InputError, arc.InputError, qwen_eqx.InputError), match=word) as caught:
+        train_sae.main(training.Config(**({"limit": 6, "held_out": 2} | fields), out=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+grids = st.tuples(st.integers(1, 12), st.integers(1, 5)).flatmap(
+    lambda shape: st.lists(st.integers(0, 9), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).map(
+        lambda cells: arc.as_grid(np.asarray(cells, np.uint8).reshape(shape), "grid")
+    )
+)
+
+
+@given(grids, st.sampled_from(sorted(arc.ENCODERS)))
+def test_every_cell_is_found_in_every_encoding(grid, name: str):
+    """Changing one cell changes text only from that cell's characters on, and all cells have their own."""
+    encoder = arc.ENCODERS[name]
+    text, spans = encoder.encode(grid), pages.cell_spans(encoder, grid)
+    flat = [span for row in spans for span in row]
+    assert [len(row) for row in spans] == [grid.shape[1]] * grid.shape[0]
+    assert all(a < b for a, b in flat)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(flat))
+    for (row, col), value in np.ndenumerate(grid):
+        other = grid.copy()
+        other[row, col] = (int(value) + 1) % 10
+        changed = encoder.encode(other)
+        start, end = spans[row][col]
+        assert changed[:start] == text[:start]
+        assert changed[start:] != text[start:]
+        assert changed[len(changed) - (len(text) - end) :] == text[end:]
+
+
+@pytest.mark.parametrize("form", sorted(arc.PROMPTS))
+def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they_are_said_to(form: str):
+    _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    tasks = list(arc.load_tasks("arc-agi-1/training"))[:3]
+    for document in pages.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", form=form):
+        task = next(task for task in tasks if task.id == document.task)
+        answer = arc.prompt.answer(task.test[document.test].output, form=form)  # pyright: ignore[reportArgumentType]
+        assert document.text.endswith(answer)
+        assert tokenizer.encode(document.text) == document.tokens
+        for grid in document.grids:
+            read = [[int(document.text[a:b]) for a, b in row] for row in grid.spans]
+            assert np.array_equal(read, grid.cells)
+        lit = np.zeros(len(document.tokens), np.float32)
+        first = document.grids[0].spans[0][0][0]
+        lit[next(i for i, (a, b) in enumerate(document.offsets) if a <= first < b)] = 2.0
+        painted = document.painted(lit)
+        assert painted[0].activations[0, 0] == 2.0
+        assert sum((grid.activations > 0).sum() for grid in painted) < 30  # a token is no longer than that
+
+
+def test_what_splicing_costs_agrees_with_the_library():
+    """Document by document, with pads and edits, gives what `metrics.recovered` gives for one document."""
+    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    module = sae.TopK.init(d_model=64, d_sae=128, k=8, key=jax.random.key(0))
+    tokens, site = list(range(30, 71)), "blocks.1.hook_resid_post"
+
+    def logits(edit):
+        return model.run_with_capture(jnp.asarray(tokens), [], edits=[qwen_eqx.Replace(edit, site=site)])[0][:-1]
+
+    expected = metrics.recovered(logits, module, jnp.asarray(tokens[1:]))
+    found = splicing.recovered(model, module, [tokens], site)
+    assert found.pop("identity") == 0.0
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, err_msg=name, **tolerances.SAME_F32)
+
+
+def test_clamping_holds_one_latent():
+    module = sae.ReLU.init(d_model=8, d_sae=16, key=jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+    held = splicing.Clamped(module, jnp.int32(3), jnp.float32(7.0))(x)
+    z = module.encode(x).at[:, 3].set(7.0)
+    np.testing.assert_allclose(held, module.decode(z), **tolerances.SAME_F32)
+
+
+def test_no_task_is_on_both_sides():
+    first, held = activations.split(["a", "a", "b", "c", "c", "d"], 2)
+    assert (first, held) == (3, ("c", "d"))
+    assert list(activations._parts(6, first, 2)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6)]

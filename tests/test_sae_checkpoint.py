@@ -1,0 +1,35 @@
+"""Checkpoints: exact, digested, refused when anything differs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae import checkpoint
+from sae.errors import InputError
+
+STATE = {"a": jnp.arange(3.0), "key": jax.random.key(3), "n": jnp.int32(7)}
+
+
+def test_round_trip_and_keep_last(tmp_path):
+    for number in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, number, STATE, {"row": number}, keep=2)
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    like = {"a": jnp.zeros(3), "key": jax.random.key(0), "n": jnp.int32(0)}
+    state, cursor, step = checkpoint.load(tmp_path, like)
+    assert (cursor, step, int(state["n"])) == ({"row": 4}, 4, 7)
+    np.testing.assert_array_equal(state["a"], STATE["a"])
+    np.testing.assert_array_equal(jax.random.key_data(state["key"]), jax.random.key_data(STATE["key"]))
+
+
+def test_damage_is_refused(tmp_path):
+    with pytest.raises(InputError, match="checkpoints"):
+        checkpoint.load(tmp_path, STATE)
+    path = checkpoint.save(tmp_path, 1, STATE) / "state.safetensors"
+    with pytest.raises(InputError, match="found"):
+        checkpoint.load(tmp_path, {**STATE, "a": jnp.zeros(4)})
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="digest"):
+        checkpoint.load(tmp_path, STATE)

@@ -1,0 +1,164 @@
+"""Training: sparse equals dense, sweeps equal separate runs, live equals replay, NaN stops, resume is exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sae
+from sae import checkpoint, objectives, step, train
+from sae.buffer import ShuffleBuffer
+from sae.errors import InputError
+
+X = jax.random.normal(jax.random.key(1), (6, 32, 8))
+K_FORMS = ("topk", "batchtopk", "matryoshka")
+
+
+def start(form="topk", seed=0, k=2, config=None, d_sae=16, **changes):
+    config = config or train.TrainConfig(steps=100, learning_rate=1e-2, **changes)
+    extra = {"k": k} if form in K_FORMS else {}
+    if form == "matryoshka":
+        extra["widths"] = (d_sae // 2, d_sae)  # every prefix lengthens compilation
+    module = sae.FORMS[form].init(d_model=8, d_sae=d_sae, key=jax.random.key(seed), **extra)
+    return train.init(module, config, X[0]), config
+
+
+def same(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+@pytest.mark.parametrize("form", sae.FORMS)
+def test_every_form_learns_in_bfloat16(form):
+    """In float32 every form must find the toy's features (test_sae_synthetic), which asks for more."""
+    state, config = start(form, product_dtype="bfloat16", sparsity=0.01, average_decay=0.9, clip_norm=1.0)
+    many = jnp.concatenate([X] * 10)
+    state, metrics = train.run(state, many, config)
+    assert float(metrics.loss[-6:].mean()) < float(metrics.loss[:6].mean())
+    assert int(state.step) == 60
+    if state.module.unit_norm:
+        np.testing.assert_allclose(jnp.linalg.norm(state.module.decoder, axis=-1), 1, rtol=1e-5)
+    assert np.isfinite(np.asarray(train.finish(state)(X[0]))).all()
+
+
+@pytest.mark.parametrize("form", K_FORMS)
+def test_sparse_path_is_the_dense_loss(form):
+    state, config = start(form)
+    slots = state.module.k if form == "topk" else 16
+    chosen = objectives.select(state.module, X[0], state.hyper, jnp.dtype("float32"), slots)
+
+    def sparse(module):
+        return objectives.sparse_objective(module, X[0], X[0], chosen)[0]
+
+    def dense(module):
+        return objectives.dense_objective(module, X[0], X[0], state.hyper, jnp.dtype("float32"))[0]
+
+    a, b = (jax.jit(jax.value_and_grad(loss))(state.module) for loss in (sparse, dense))
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+    assert config.steps == 100
+
+
+def test_a_sweep_equals_separate_runs():
+    config = train.TrainConfig(steps=100, eps=1e-2)  # Adam would turn the rounding of a zero gradient into a whole step
+    states = []
+    for seed, rate, k in ((0, 1e-2, 2.0), (1, 1e-3, 3.0), (2, 3e-3, 1.0)):
+        state, _ = start(seed=seed, k=3, config=config)
+        hyper = train.hyper(state.module, config, k=k)
+        hyper = sae.objectives.Hyper(
+            jnp.float32(rate), hyper.sparsity, hyper.target_l0, hyper.k, hyper.aux, hyper.bandwidth
+        )
+        states.append(train.TrainState(**{**vars(state), "hyper": hyper}))
+    for at_once in (1, 3):
+        swept, _ = train.run(train.stack(states), X, config, at_once=at_once)
+        for state, found in zip(states, train.unstack(swept), strict=True):
+            alone, _ = train.run(jax.tree.map(jnp.copy, state), X, config)
+            assert float(jnp.abs(alone.module.encoder - state.module.encoder).max()) > 1e-3
+            for left, right in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
+                np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_stops_names_the_step_and_keeps_the_last_good_state():
+    state, config = start()
+    good, _ = train.run(jax.tree.map(jnp.copy, state), X[:3], config)
+    bad = X.at[3, 0, 0].set(jnp.nan)
+    with pytest.raises(train.NotFinite, match="step 3") as caught:
+        list(train.fit(state, [bad], config))
+    same(caught.value.state.module, good.module)
+    same(caught.value.state.optimizer, good.optimizer)
+
+
+@pytest.mark.parametrize("dead", [0, 10**6])
+def test_all_dead_and_nothing_dead_stay_finite(dead):
+    state, config = start(dead_after=max(1, dead))
+    state = train.TrainState(**{**vars(state), "since_fired": jnp.full(16, 5, jnp.int32)})
+    state, metrics = train.run(state, X, config)
+    assert np.isfinite(np.asarray(metrics.loss)).all()
+
+
+def test_zero_variance_input_and_batch_smaller_than_k():
+    config = train.TrainConfig(steps=10)
+    for form in sae.FORMS:
+        extra = {"k": 5} if form in K_FORMS else {}
+        if form == "matryoshka":
+            extra["widths"] = (3, 6)
+        module = sae.FORMS[form].init(d_model=8, d_sae=6, key=jax.random.key(0), **extra)
+        state = train.init(module, config, jnp.ones((2, 8)))
+        state, metrics = train.run(state, jnp.ones((2, 3, 8)), config)
+        assert np.isfinite(np.asarray(metrics.loss)).all()
+        assert (np.asarray(metrics.fvu) == 0).all()
+
+
+def test_live_equals_replay():
+    (a, config), (b, _) = start(), start()
+    for a, _ in train.fit(a, [X], config):  # noqa: B007, B020
+        pass
+    for b, _ in train.fit(b, list(X), config):  # noqa: B007, B020
+        pass
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    state, config = start("batchtopk")
+    store = ShuffleBuffer.init(capacity=192, d_model=8, key=jax.random.key(5)).add(X.reshape(-1, 8))
+
+    def turn(state, store):
+        store, batches = store.draw(steps=1, batch=32)
+        return train.run(state, batches, config)[0], store
+
+    state, store = turn(state, store)
+    checkpoint.save(tmp_path, 1, (state, store), {"row": 32})
+    for _ in range(3):
+        state, store = turn(state, store)
+    like = (start("batchtopk", seed=9)[0], ShuffleBuffer.init(capacity=192, d_model=8, key=jax.random.key(0)))
+    (resumed, again), cursor, at = checkpoint.load(tmp_path, like)
+    assert (cursor, at) == ({"row": 32}, 1)
+    for _ in range(3):
+        resumed, again = turn(resumed, again)
+    same(state, resumed)
+    same(jax.random.key_data(store.key), jax.random.key_data(again.key))
+    same(store.rows, again.rows)
+
+
+def test_transcoder_trains_towards_its_target():
+    config = train.TrainConfig(steps=100, learning_rate=1e-2)
+    module = sae.TopK.init(d_model=8, d_sae=16, k=3, key=jax.random.key(0), d_out=5)
+    y = X @ jax.random.normal(jax.random.key(3), (8, 5))
+    with pytest.raises(InputError, match="target"):
+        train.init(module, config, X[0])
+    state, metrics = train.run(
+        train.init(module, config, X[0], y[0]), jnp.concatenate([X] * 10), config, jnp.concatenate([y] * 10)
+    )
+    assert float(metrics.fvu[-1]) < float(metrics.fvu[0])
+    assert train.finish(state)(X[0]).shape == (32, 5)
+
+
+def test_wrong_configs_are_refused():
+    with pytest.raises(InputError, match="steps"):
+        train.TrainConfig(steps=0)
+    with pytest.raises(InputError, match="warmup_steps"):
+        train.TrainConfig(steps=5, warmup_steps=4, decay_steps=4)
+    assert step.adam(train.TrainConfig(steps=1)) is not None
