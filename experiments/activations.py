@@ -4,6 +4,7 @@ Both give the same `Group`s: a few test inputs' activations, item after item and
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -112,18 +113,20 @@ class Stored:
         numbers = np.unique(item)
         first, self.held_out_tasks = split([str(store.items[int(number)]["task"]) for number in numbers], held_out)
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
-        self.ranges = [(np.searchsorted(item, part[0]), np.searchsorted(item, part[-1], "right")) for part in parts]
+        self.ranges = [
+            (int(np.searchsorted(item, part[0])), int(np.searchsorted(item, part[-1], "right"))) for part in parts
+        ]
         self.training = len(list(_parts(first, first, prompts)))
         self.held_out = len(parts) - self.training
-        self.largest = int(max(end - start for start, end in self.ranges))
+        self.largest = max(end - start for start, end in self.ranges)
 
     def group(self, number: int) -> Group:
         start, end = self.ranges[number]
-        rows = self.store[int(start) : int(end)].activations[:, 0]
+        rows = self.store[start:end].activations[:, 0]
         room = bucket(end - start)  # few shapes, so few compilations
         padded = np.zeros((room, self.d_model), rows.dtype)
         padded[: end - start] = rows
-        return Group(jnp.asarray(padded), jnp.arange(room) < int(end - start))
+        return Group(jnp.asarray(padded), jnp.arange(room) < end - start)
 
 
 def read_items(
@@ -182,7 +185,7 @@ def wanted(group: Group, sink_times: float) -> Bool[Array, " rows"]:
     return _wanted(group, sink_times) if sink_times else group.valid
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="sink_times")
 def _wanted(group: Group, sink_times: float) -> Array:
     # NaN rows count neither as rows nor in the median
     rows = jnp.where(group.valid[:, None], group.rows.astype(jnp.float32), jnp.nan)

@@ -84,7 +84,11 @@ def frontier(path: Path, results: Mapping[str, Mapping[str, Any]], note: str) ->
         for number, form in enumerate(dict.fromkeys(row["form"] for row in results.values())):
             points = sorted((row["l0"], row["fvu"]) for row in results.values() if row["form"] == form)
             ax.plot(*zip(*points, strict=True), marker=MARKS[number], color=COLOURS[number], label=form, linewidth=1.2)
-        ax.set(xlabel="L0: latents that fire per position", ylabel="FVU (lower is better)", xscale="log", yscale="log")
+        ax.set(xlabel="L0: latents that fire per position", ylabel="FVU (lower is better)", yscale="log")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.set_title(note, fontsize=8)
         ax.legend(frameon=False, fontsize=8)
     return _said(path)

@@ -172,9 +172,10 @@ class Run:
             self.seconds["SAE"] += time.perf_counter() - begin - feeding
             begin, spent = time.perf_counter(), dict(self.seconds)
             advance(taken, f"loss {self.history[-1]['loss'][0]:.4f} fvu {self.history[-1]['fvu'][0]:.3f} ")
-            if self.step == self.config.steps or self.stopping or self._due(taken):
+            due, stop = self._due(taken), self.stopping  # read once: the signal may come at any line
+            if self.step == self.config.steps or stop or due:
                 self._save()
-            if self.stopping and self.step < self.config.steps:
+            if stop and self.step < self.config.steps:
                 raise cli.Stopped
 
     def _due(self, taken: int) -> bool:
@@ -219,7 +220,7 @@ class Run:
             numbers = train.hyper(module, settings, float(each.k) if hasattr(module, "k") else None)
             states.append(eqx.tree_at(lambda s: s.hyper, state, numbers))
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        kept = jnp.dtype(self.source.dtype)
+        kept = jnp.float32  # a checkpoint's reader knows no bf16; every bf16 value is a float32
         rows = buffer.ShuffleBuffer.init(capacity=config.buffer_rows, d_model=self.source.d_model, key=key, dtype=kept)
         return states[0] if len(states) == 1 else train.stack(states), rows
 

@@ -93,10 +93,8 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tm
         with pytest.raises(cli.Stopped):
             run(train_sae, small(tmp_path))
     assert not (tmp_path / "sae").exists()
-    assert training.checkpoint.steps(tmp_path / "checkpoints") == [2, 4] or training.checkpoint.steps(
-        tmp_path / "checkpoints"
-    ) == [2]
-    assert "going on from step" in run(train_sae, small(tmp_path))
+    assert training.checkpoint.steps(tmp_path / "checkpoints") == [2]
+    assert "going on from step 2 of 8" in run(train_sae, small(tmp_path))
     ends = [place / "checkpoints" / "00000008" / "state.safetensors" for place in (trained, tmp_path)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
     assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
