@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-import tolerances
 
+import oracles
 import sae
+import tolerances
 from sae import metrics
 from sae.errors import InputError
 
