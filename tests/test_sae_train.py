@@ -75,7 +75,9 @@ def test_a_sweep_equals_separate_runs():
         swept, _ = train.run(train.stack(states), X, config, at_once=at_once)
         for state, found in zip(states, train.unstack(swept), strict=True):
             alone, _ = train.run(jax.tree.map(jnp.copy, state), X, config)
-            assert float(jnp.abs(alone.module.encoder - state.module.encoder).max()) > 1e-3
+            assert float(jnp.abs(alone.module.encoder - state.module.encoder).max()) > 1e-4
+            if at_once == 1:
+                same(alone, found)
             for left, right in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
