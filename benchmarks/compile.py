@@ -7,12 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 import measure
-from qwen_eqx import Capture, MemoryPlan, prepare
-from qwen_eqx.generate import _generate
+from qwen_eqx import Capture, Generator, MemoryPlan, Qwen, prepare
+from qwen_eqx.hf import skeleton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ def main(config: Config) -> None:
     if config.child:
         print(json.dumps(compiled(config)))
         return
+    measure.config_of(config.shape)  # wrong input is refused here, not in the child
     with tempfile.TemporaryDirectory() as cache:
         rows = []
         for which in ("first", "from the persistent cache"):
@@ -68,17 +73,19 @@ def in_a_process(cache: str) -> dict[str, float]:
 def compiled(config: Config) -> dict[str, float]:
     """Seconds and bytes of compiling one `generate`."""
     shape = measure.config_of(config.shape)
-    model = measure.random_model(shape, config.dtype)
+    model = skeleton(shape, jnp.dtype(config.dtype))  # compiling needs no weights
     capture = Capture(layers=range(max(0, shape.layers - config.layers), shape.layers)) if config.layers else None
     prompts = measure.random_prompts(shape, config.batch, config.prompt)
     generator, inputs = prepare(model, prompts, max_new_tokens=config.max_new_tokens, capture=capture)
+    arrays, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     jax.block_until_ready(inputs)
     start = time.perf_counter()
-    lowered = _generate.lower(model, generator, **inputs)  # pyright: ignore[reportFunctionMemberAccess]
+    lowered = jax.jit(program_of(generator, static)).lower(arrays, inputs)
     traced = time.perf_counter()
     program = lowered.compile()
     end = time.perf_counter()
-    memory = program.compiled.memory_analysis()
+    memory = program.memory_analysis()
+    assert memory is not None
     settings = generator.settings
     plan = MemoryPlan.of(
         shape,
@@ -96,6 +103,18 @@ def compiled(config: Config) -> dict[str, float]:
         "plan_bytes": plan.total_bytes,
         "peak_bytes": memory.output_size_in_bytes + memory.temp_size_in_bytes,
     }
+
+
+def program_of(generator: Generator, static: Qwen) -> Callable[[Qwen, dict[str, Any]], tuple[Any, ...]]:
+    """What `qwen_eqx.generate` compiles: prefill and loop, with the outputs it keeps."""
+
+    def run(arrays: Qwen, inputs: dict[str, Any]) -> tuple[Any, ...]:
+        model = eqx.combine(arrays, static)
+        state, prompt_activations = generator.prefill(model, **inputs)
+        state = generator.loop(model, state)
+        return state.tokens, state.length, state.log_probs, state.activations, prompt_activations
+
+    return run
 
 
 if __name__ == "__main__":

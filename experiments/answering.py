@@ -1,6 +1,7 @@
 """ARC tasks put to a model: prompts under augmentations, completions by sampling or search, answers scored."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -154,13 +155,14 @@ def scorer(model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer) -> arc.vote.Scor
     return score
 
 
-def closing_sequences(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> list[list[int]]:
+@functools.cache
+def closing_sequences(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> tuple[tuple[int, ...], ...]:
     """The ways this tokenizer writes the line end and fence that close an answer: base models do not stop there.
 
     Read off answers it has encoded, so whatever merges with the line end is part of them; a fence in pieces counts too.
     """
     if not encoder.opening:
-        return []
+        return ()
     found: dict[tuple[int, ...], None] = {}
     for colour in range(10):
         written = encoder.encode(np.full((2, 2), colour, np.uint8))
@@ -170,17 +172,20 @@ def closing_sequences(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> list[l
                 ids = ids[:-1]  # what follows the fence is not waited for
             start = next(at for at in reversed(range(len(ids))) if "\n" + FENCE in tokenizer.decode(ids[at:]))
             found[tuple(ids[start:])] = None
+    line_end = tuple(tokenizer.encode("\n"))
     for ids in list(found):
         before = next(at for at in reversed(range(len(ids))) if tokenizer.decode(ids[at:]).startswith(FENCE))
-        for pieces in (("``", "`"), ("`", "``"), ("`", "`", "`")):
-            split = [tokenizer.encode(piece) for piece in pieces]
-            if all(len(piece) == 1 for piece in split):
-                found[(*ids[:before], *(piece[0] for piece in split))] = None
-    return [list(ids) for ids in found]
+        for head in (ids[:before], line_end):
+            for pieces in ((FENCE,), ("``", "`"), ("`", "``"), ("`", "`", "`")):
+                split = [tokenizer.encode(piece) for piece in pieces]
+                if all(len(piece) == 1 for piece in split):
+                    found[(*head, *(piece[0] for piece in split))] = None
+    return tuple(found)
 
 
-def closing_tokens(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> list[int]:
+@functools.cache
+def closing_tokens(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> tuple[int, ...]:
     """Single tokens that begin with a fence, for a search that stops at tokens only; the prompt holds the opening one."""
     if not encoder.opening:
-        return []
-    return sorted(number for token, number in tokenizer.backend.get_vocab().items() if token.startswith(FENCE))
+        return ()
+    return tuple(sorted(number for token, number in tokenizer.backend.get_vocab().items() if token.startswith(FENCE)))

@@ -32,7 +32,7 @@ ConfigT = TypeVar("ConfigT")
 Item = TypeVar("Item")
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt: the signal may arrive inside a call that catches every Exception
     """Asked to stop (SIGTERM); what was finished is saved."""
 
 

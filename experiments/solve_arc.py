@@ -4,6 +4,7 @@ Without flags: the embedded demo model on ten tasks of ARC-AGI-1. `--model Qwen/
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ class Config:
 
 def main(config: Config) -> None:
     check(config)
-    tasks = list(arc.load_tasks(config.tasks, solutions=config.solutions))[: config.limit]
+    tasks = list(itertools.islice(arc.iter_tasks(config.tasks, solutions=config.solutions), config.limit))
     if not tasks:
         raise arc.InputError(f"--tasks {config.tasks}: found no tasks, expected at least one")
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))

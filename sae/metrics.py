@@ -40,7 +40,7 @@ def totals(
     z = module.encode(x)
     y_hat = module.decode(z)
     length, length_hat = jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(y_hat, axis=-1)
-    dot = jnp.sum(y * y_hat, axis=-1)
+    dot, both = jnp.sum(y * y_hat, axis=-1), length * length_hat
 
     def sums(values: Array) -> Array:
         return jnp.zeros(groups, jnp.float32).at[group].add(values.astype(jnp.float32))
@@ -50,8 +50,8 @@ def totals(
         error=sums(jnp.sum(jnp.square(y - y_hat), axis=-1)),
         variance=sums(jnp.sum(jnp.square(y - mean[None]), axis=-1)),
         l0=sums(jnp.sum((z > 0).astype(jnp.float32), axis=-1)),
-        cosine=sums(dot / jnp.maximum(length * length_hat, 1e-12)),
-        norm_ratio=sums(length_hat / jnp.maximum(length, 1e-12)),
+        cosine=sums(jnp.where(both > 0, dot / jnp.where(both > 0, both, 1.0), 0.0)),
+        norm_ratio=sums(jnp.where(length > 0, length_hat / jnp.where(length > 0, length, 1.0), 0.0)),
         fired=jnp.sum((z > 0).astype(jnp.int32), axis=0),
     )
 
@@ -77,7 +77,8 @@ def summary(total: Totals, dense_above: float = 0.1) -> dict[str, float]:
     """fvu = Σ‖y − ŷ‖²/Σ‖y − ȳ‖² (lower is better); explained_variance = 1 − fvu; l0 = mean count of z > 0;
 
     dead_fraction: latents that fired in no row; dense_fraction: in more than `dense_above` of the rows;
-    cosine = mean ⟨y, ŷ⟩/(‖y‖‖ŷ‖) (1 is best); norm_ratio = mean ‖ŷ‖/‖y‖ (below 1: shrinkage).
+    cosine = mean ⟨y, ŷ⟩/(‖y‖‖ŷ‖) (1 is best); norm_ratio = mean ‖ŷ‖/‖y‖ (below 1: shrinkage);
+    a row of length 0 counts 0 in these two.
     """
     rows = float(total.rows.sum())
     variance = float(total.variance.sum())
@@ -96,15 +97,12 @@ def summary(total: Totals, dense_above: float = 0.1) -> dict[str, float]:
 
 
 def by_group(total: Totals) -> dict[str, np.ndarray]:
-    """fvu, l0, cosine and rows of every group (position, task); NaN where a group has no rows or no variance."""
+    """`summary`'s means for every group (position, task); NaN where a group has no rows or no variance."""
     rows, variance = np.asarray(total.rows, np.float64), np.asarray(total.variance, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return {
-            "rows": rows,
-            "fvu": np.where(variance > 0, np.asarray(total.error, np.float64) / variance, np.nan),
-            "l0": np.asarray(total.l0, np.float64) / rows,
-            "cosine": np.asarray(total.cosine, np.float64) / rows,
-        }
+        fvu = np.where(variance > 0, np.asarray(total.error, np.float64) / variance, np.nan)
+        means = {name: np.asarray(getattr(total, name), np.float64) / rows for name in ("l0", "cosine", "norm_ratio")}
+    return {"rows": rows, "fvu": fvu, "explained_variance": 1.0 - fvu, **means}
 
 
 def density(total: Totals) -> np.ndarray:

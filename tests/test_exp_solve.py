@@ -10,6 +10,7 @@ import pytest
 
 import answering
 import arc
+import cli
 import extract
 import predictions
 import qwen_eqx
@@ -167,14 +168,13 @@ def test_damage_to_the_files_is_repaired_or_said(source, tmp_path):
 
 def test_what_is_drawn_depends_on_the_question_alone(source, tmp_path):
     flags = {"how": "sampled", "temperature": 1.0, "top_p": 1.0}
-    first = run(source, tmp_path / "one", **flags)
+    run(source, tmp_path / "one", **flags)
     run(source, tmp_path / "other", tasks_together=3, slots=5, **flags)
     texts = [[line["text"] for line in lines_of(tmp_path / name)] for name in ("one", "other")]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 6
-    assert run(source, tmp_path / "again", **flags) == first
-    run(source, tmp_path / "seed", seed=1, **flags)
-    assert [line["text"] for line in lines_of(tmp_path / "seed")] != texts[0]
+    run(source, tmp_path / "seed", seed=1, limit=1, **flags)
+    assert [line["text"] for line in lines_of(tmp_path / "seed")] != texts[0][:3]
 
 
 def test_captured_rows_are_those_of_extract(source, tmp_path):
@@ -255,7 +255,7 @@ def test_prompts_that_do_not_fit_are_said_and_leave_the_rest(source, tmp_path):
 def test_an_answer_ends_with_a_stop_and_holds_none_before(name):
     _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
     encoder = arc.ENCODERS[name]
-    stops = [tuple(stop) for stop in answering.closing_sequences(tokenizer, encoder)]
+    stops = answering.closing_sequences(tokenizer, encoder)
     assert bool(stops) == bool(encoder.opening)
     rng = np.random.default_rng(0)
     for rows, cols in [(1, 1), (30, 30), (2, 7), (11, 3)]:
@@ -327,6 +327,10 @@ def test_repeats_come_round_where_augmentations_run_out(source, tmp_path):
         ("identity", 0), ("order=1,0", 0), ("identity", 1),
     ]  # fmt: skip
     assert lines[0]["text"] != lines[2]["text"]
+
+
+def test_a_signal_is_never_taken_for_wrong_input():
+    assert not issubclass(cli.Stopped, Exception)  # the tokenizer turns every Exception of its backend into InputError
 
 
 def test_the_command_exits_as_promised(source, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import re
 import subprocess
@@ -96,7 +97,9 @@ def test_every_flag_says_what_it_is_for(name: str, capsys: pytest.CaptureFixture
     runs = [call for call in ast.walk(source) if isinstance(call, ast.Call) and ast.unparse(call.func) == "cli.run"]
     assert len(runs) == 1
     config = ast.unparse(runs[0].args[1])
-    (body,) = (node.body for node in source.body if isinstance(node, ast.ClassDef) and node.name == config)
+    defined = ast.parse(inspect.getsource(getattr(import_module(name), config))).body[0]
+    assert isinstance(defined, ast.ClassDef)
+    body = defined.body
     for field, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

@@ -1,5 +1,7 @@
 """Synthetic data obeys its laws, and every form finds the features of the toy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from sae import synthetic, train
 TRUE = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (32, 16)))[0].T
 
 
+@functools.cache
 def toy(steps, batch):
     """Two of 16 orthogonal features in every row."""
     which, size = jax.random.split(jax.random.key(1))
@@ -40,7 +43,7 @@ def test_every_form_finds_the_toy(form):
 
 
 def test_the_tree_and_the_frequencies_hold():
-    config = synthetic.SyntheticConfig(features=400, d_model=32, roots=8, depth=2, orthogonal_steps=20, p_max=0.3)
+    config = synthetic.SyntheticConfig(features=200, d_model=32, roots=8, depth=2, orthogonal_steps=20, p_max=0.3)
     model = synthetic.SyntheticModel.init(config, key=jax.random.key(0))
     fires = np.asarray(model.sample(20_000, key=jax.random.key(1)).coefficients > 0)
     assert model.levels == ((8, 40, 0), (40, 168, 8))

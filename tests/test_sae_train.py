@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sae
-from sae import checkpoint, step, train
+from sae import checkpoint, objectives, step, train
 from sae.buffer import ShuffleBuffer
 from sae.errors import InputError
 
@@ -17,6 +17,8 @@ K_FORMS = ("topk", "batchtopk", "matryoshka")
 def start(form="topk", seed=0, k=2, config=None, d_sae=16, **changes):
     config = config or train.TrainConfig(steps=100, learning_rate=1e-2, **changes)
     extra = {"k": k} if form in K_FORMS else {}
+    if form == "matryoshka":
+        extra["widths"] = (d_sae // 2, d_sae)  # every prefix lengthens compilation
     module = sae.FORMS[form].init(d_model=8, d_sae=d_sae, key=jax.random.key(seed), **extra)
     return train.init(module, config, X[0]), config
 
@@ -28,10 +30,10 @@ def same(a, b):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", sae.FORMS)
-def test_every_form_learns(form, dtype):
-    state, config = start(form, product_dtype=dtype, sparsity=0.01, average_decay=0.9, clip_norm=1.0)
+def test_every_form_learns_in_bfloat16(form):
+    """In float32 every form must find the toy's features (test_sae_synthetic), which asks for more."""
+    state, config = start(form, product_dtype="bfloat16", sparsity=0.01, average_decay=0.9, clip_norm=1.0)
     many = jnp.concatenate([X] * 10)
     state, metrics = train.run(state, many, config)
     assert float(metrics.loss[-6:].mean()) < float(metrics.loss[:6].mean())
@@ -43,8 +45,6 @@ def test_every_form_learns(form, dtype):
 
 @pytest.mark.parametrize("form", K_FORMS)
 def test_sparse_path_is_the_dense_loss(form):
-    from sae import objectives
-
     state, config = start(form)
     slots = state.module.k if form == "topk" else 16
     chosen = objectives.select(state.module, X[0], state.hyper, jnp.dtype("float32"), slots)
@@ -55,7 +55,7 @@ def test_sparse_path_is_the_dense_loss(form):
     def dense(module):
         return objectives.dense_objective(module, X[0], X[0], state.hyper, jnp.dtype("float32"))[0]
 
-    a, b = jax.value_and_grad(sparse)(state.module), jax.value_and_grad(dense)(state.module)
+    a, b = (jax.jit(jax.value_and_grad(loss))(state.module) for loss in (sparse, dense))
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
     assert config.steps == 100
@@ -75,6 +75,7 @@ def test_a_sweep_equals_separate_runs():
         swept, _ = train.run(train.stack(states), X, config, at_once=at_once)
         for state, found in zip(states, train.unstack(swept), strict=True):
             alone, _ = train.run(jax.tree.map(jnp.copy, state), X, config)
+            assert float(jnp.abs(alone.module.encoder - state.module.encoder).max()) > 1e-3
             for left, right in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
@@ -101,6 +102,8 @@ def test_zero_variance_input_and_batch_smaller_than_k():
     config = train.TrainConfig(steps=10)
     for form in sae.FORMS:
         extra = {"k": 5} if form in K_FORMS else {}
+        if form == "matryoshka":
+            extra["widths"] = (3, 6)
         module = sae.FORMS[form].init(d_model=8, d_sae=6, key=jax.random.key(0), **extra)
         state = train.init(module, config, jnp.ones((2, 8)))
         state, metrics = train.run(state, jnp.ones((2, 3, 8)), config)

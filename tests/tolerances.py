@@ -7,3 +7,4 @@ BF16_ROW = 2**-5  # |error| / |row| of a bf16 pass against float64: a few dozen 
 
 # ---------------------------------------------------------------- sae
 CONVERTED = {"rtol": 1e-5, "atol": 1e-5}  # an SAE of another library: encode and decode against its own
+METRIC = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums and differences of reconstructions against float64
