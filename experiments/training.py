@@ -220,8 +220,9 @@ class Run:
             numbers = train.hyper(module, settings, float(each.k) if hasattr(module, "k") else None)
             states.append(eqx.tree_at(lambda s: s.hyper, state, numbers))
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        kept = jnp.float32  # a checkpoint's reader knows no bf16; every bf16 value is a float32
-        rows = buffer.ShuffleBuffer.init(capacity=config.buffer_rows, d_model=self.source.d_model, key=key, dtype=kept)
+        rows = buffer.ShuffleBuffer.init(
+            capacity=config.buffer_rows, d_model=self.source.d_model, key=key, dtype=jnp.float32
+        )
         return states[0] if len(states) == 1 else train.stack(states), rows
 
     def _save(self) -> None:

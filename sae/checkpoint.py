@@ -73,7 +73,7 @@ def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tr
         ) from error
     if (found := files.digest(data)) != note["digest"]:
         raise InputError(f"{path}: digest: found {found}, expected {note['digest']}")
-    return _restore(path, like, safetensors.numpy.load(data)), note["cursor"], step
+    return _restore(path, like, files.map_tensors(path)), note["cursor"], step  # safetensors.numpy.load knows no bf16
 
 
 def _restore(path: Path, like: Tree, arrays: dict[str, np.ndarray]) -> Tree:

@@ -33,3 +33,12 @@ def test_damage_is_refused(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(InputError, match="digest"):
         checkpoint.load(tmp_path, STATE)
+
+
+def test_every_dtype_comes_back(tmp_path):
+    state = {name: jnp.arange(5).astype(name) for name in ("bfloat16", "float16", "float32", "int32", "bool")}
+    checkpoint.save(tmp_path, 1, state, {})
+    again, _, _ = checkpoint.load(tmp_path, jax.tree.map(jnp.zeros_like, state))
+    for name, value in state.items():
+        assert again[name].dtype == value.dtype
+        np.testing.assert_array_equal(again[name], value)
