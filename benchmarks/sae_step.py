@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+import measure
 import sae
 from sae import objectives, train
 
@@ -56,7 +56,10 @@ def main(config: Config) -> None:
     if config.tiny:
         shapes, config = [("topk", 16, 64, 4), ("batchtopk", 16, 64, 4)], dataclasses.replace(config, batch=32, steps=2)
     cases = [Case(*shape, dtype) for shape in shapes for dtype in ("float32", "bfloat16")]
-    rates = {dtype: matrix_rate(dtype, 128 if config.tiny else 2048) for dtype in ("float32", "bfloat16")}
+    rates = {
+        dtype: 1e9 * measure.matrix_gflop_per_s(dtype, 128 if config.tiny else 2048)
+        for dtype in ("float32", "bfloat16")
+    }
     ours = [step_seconds(case, config) for case in cases]
     theirs, versions = peer_seconds(cases, config)
     heading(rates, versions)
@@ -110,29 +113,11 @@ def piece_seconds(case: Case, config: Config) -> tuple[float, float]:
         return objectives.sparse_objective(module, x, x, chosen)[0]
 
     gradient = eqx.filter_jit(eqx.filter_grad(loss))
-    return best_seconds(lambda: choose(module, x), 3), best_seconds(lambda: gradient(module, x, chosen), 3)
+    return measure.seconds(lambda: choose(module, x), 3), measure.seconds(lambda: gradient(module, x, chosen), 3)
 
 
 def build(case: Case, seed: int) -> Any:
     return sae.FORMS[case.form].init(d_model=case.d_model, d_sae=case.d_sae, k=case.k, key=jax.random.key(seed))  # type: ignore[call-arg]
-
-
-def matrix_rate(dtype: str, size: int) -> float:
-    """Multiply-adds per second, counted twice, of one square product with float32 sums."""
-    matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-    return 2 * size**3 / best_seconds(lambda: product(matrix), 5)
-
-
-def best_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Best seconds of `call` with its result ready, after one call that is not counted."""
-    jax.block_until_ready(call())
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 def peer_seconds(cases: list[Case], config: Config) -> tuple[list[float | None], str | None]:
