@@ -112,7 +112,7 @@ def program_of(generator: Generator, static: Qwen) -> Callable[[Qwen, dict[str, 
         model = eqx.combine(arrays, static)
         state, prompt_activations = generator.prefill(model, **inputs)
         state = generator.loop(model, state)
-        return state.tokens, state.length, state.log_probs, state.activations, prompt_activations
+        return state.tokens, state.length, state.log_probs, state.buffer, prompt_activations
 
     return run
 

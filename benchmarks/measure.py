@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 import qwen_eqx
 from qwen_eqx import PRESETS, GenerationState, Generator, InputError, Qwen, QwenConfig
 from qwen_eqx.layers import matmul, normal_weight
-from qwen_eqx.moves import while_in_place
 
 TINY = QwenConfig("qwen2", 320, 32, 2, 4, 2, 8, 64, 512, rope_theta=10_000.0, tied=True)  # to see that the script runs
 ConfigT = TypeVar("ConfigT")
@@ -136,8 +135,7 @@ def step_seconds(model: Qwen, prompts: np.ndarray, *, steps: int, repeats: int, 
 
 @eqx.filter_jit(donate="all-except-first")  # without donation, every call would copy cache and buffers once
 def _steps(model: Qwen, generator: Generator, state: GenerationState, steps: int) -> GenerationState:
-    last = state.column + steps
-    return while_in_place(lambda s: s.column < last, lambda s: generator.step(model, s), state, stride=steps)
+    return jax.lax.fori_loop(0, steps, lambda _, s: generator.step(model, s), state)
 
 
 def weight_bytes(model: Qwen) -> int:

@@ -124,7 +124,7 @@ def test_the_memory_plan_is_what_is_allocated(samples: int, positions: str):
 
     plan = memory_plan(model.config, generator.settings, 2, inputs["tokens"].shape[1], samples)
     assert plan.cache_bytes == size(state.cache.layers) > 0
-    assert plan.capture_bytes == size((state.activations, kept)) > 0
+    assert plan.capture_bytes == size((state.buffer, kept)) > 0
     assert plan.total_bytes == plan.cache_bytes + plan.capture_bytes
 
 
