@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -41,7 +42,7 @@ class ActivationBuffer(eqx.Module):
         """The floats. Outside a trace, on one CPU, the same memory and no copy."""
         if self.stored.dtype == self.dtype:
             return self.stored
-        if isinstance(self.stored, jax.core.Tracer) or len(self.stored.devices()) > 1:
+        if isinstance(self.stored, Tracer) or len(self.stored.devices()) > 1:
             return jax.lax.bitcast_convert_type(self.stored, jnp.dtype(self.dtype))
         floats = np.asarray(self.stored).view(jnp.dtype(self.dtype))
         return jax.device_put(floats, self.stored.sharding, may_alias=True)

@@ -211,14 +211,15 @@ class Generator(eqx.Module):
         prompt_length: Int[Array, " rows"],
         *,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows seq d_model"] | None]:
+    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
         """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
         edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:
             return x, cache, None
-        values = jnp.stack([recorder.values[site] for site in self.settings.sites])
+        wanted = slice(0 if self.settings.keep_prompt else -1, None)  # the last position is what a token is chosen from
+        values = jnp.stack([recorder.values[site][:, wanted] for site in self.settings.sites])
         return x, cache, values.astype(self.settings.capture_dtype)
 
     def _read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]):
