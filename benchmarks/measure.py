@@ -122,15 +122,23 @@ def random_model(config: QwenConfig, dtype: str) -> Qwen:
 def step_seconds(model: Qwen, prompts: np.ndarray, *, steps: int, repeats: int, **options: Any) -> float:
     """Median seconds per step of the compiled loop; `options` go to `qwen_eqx.prepare`."""
     options.setdefault("max_new_tokens", steps * (repeats + 1) + 1)
+    run = stepper(model, prompts, steps=steps, **options)
+    return statistics.median(run() for _ in range(repeats))
+
+
+def stepper(model: Qwen, prompts: np.ndarray, *, steps: int, **options: Any) -> Callable[[], float]:
+    """A call that takes `steps` more steps and says how many seconds each took; the first ones, which compile, are taken."""
     generator, inputs = qwen_eqx.prepare(model, prompts, **options)
     state, _ = eqx.filter_jit(generator.prefill)(model, **inputs)
-    jax.block_until_ready(state)
-    taken = []
-    for _ in range(repeats + 1):
+    state = jax.block_until_ready(_steps(model, generator, state, steps))
+
+    def run() -> float:
+        nonlocal state
         start = time.perf_counter()
         state = jax.block_until_ready(_steps(model, generator, state, steps))
-        taken.append((time.perf_counter() - start) / steps)
-    return statistics.median(taken[1:])  # the first one compiles
+        return (time.perf_counter() - start) / steps
+
+    return run
 
 
 @eqx.filter_jit(donate="all-except-first")  # without donation, every call would copy cache and buffers once
