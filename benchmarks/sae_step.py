@@ -12,15 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import tyro
 
 import measure
 import sae
+from qwen_eqx import InputError
 from sae import objectives, train
 
 
@@ -34,7 +34,7 @@ class Config:
     calls: int = 2  # the best is reported
     members: int = 8  # of the sweep; 0 leaves it out
     pieces: bool = True
-    tiny: bool = False  # small shapes, only to see that everything runs
+    shape: Literal["full", "tiny"] = "full"  # tiny: only to see that everything runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +53,23 @@ class Case:
 
 def main(config: Config) -> None:
     shapes = [("topk", 896, 16_384, 32), ("batchtopk", 768, 4_096, 25)]
-    if config.tiny:
+    tiny = config.shape == "tiny"
+    if tiny:
         shapes, config = [("topk", 16, 64, 4), ("batchtopk", 16, 64, 4)], dataclasses.replace(config, batch=32, steps=2)
     cases = [Case(*shape, dtype) for shape in shapes for dtype in ("float32", "bfloat16")]
-    rates = {
-        dtype: 1e9 * measure.matrix_gflop_per_s(dtype, 128 if config.tiny else 2048)
-        for dtype in ("float32", "bfloat16")
-    }
+    rates = {dtype: 1e9 * measure.matrix_gflop_per_s(dtype, 128 if tiny else 2048) for dtype in ("float32", "bfloat16")}
     ours = [step_seconds(case, config) for case in cases]
     theirs, versions = peer_seconds(cases, config)
-    heading(rates, versions)
+    rate = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
+    heading("One training step", f"Batch {config.batch:,}; {versions or 'no peer'}. Matrix rate: {rate}.")
     rows = []
     for case, own, other in zip(cases, ours, theirs, strict=True):
         ideal = 2 * config.batch * case.d_model * case.d_sae / rates[case.dtype]
         peer = ["–", "–"] if other is None else [f"{config.batch / other:,.0f}", f"{other / own:.1f}"]
         rows.append([case, f"{own * 1e3:,.0f}", f"{config.batch / own:,.0f}", f"{ideal / own:.0%}", *peer])
-    table(["step", "ms", "samples/s", "one encoder product at the matrix rate", "SAELens samples/s", "ratio"], rows)
+    measure.table(
+        ["step", "ms", "samples/s", "one encoder product at the matrix rate", "SAELens samples/s", "ratio"], rows
+    )
     if config.pieces:
         print("\nWhere the time goes, ms; the last column is the whole step less the two before:\n")
         rows = []
@@ -76,7 +77,7 @@ def main(config: Config) -> None:
             chosen, gradient = piece_seconds(case, config)
             parts = [chosen, gradient, own - chosen - gradient]
             rows.append([case, *(f"{part * 1e3:,.0f}" for part in parts)])
-        table(["step", "product and selection", "loss and gradient by rows", "Adam, norms, counts"], rows)
+        measure.table(["step", "product and selection", "loss and gradient by rows", "Adam, norms, counts"], rows)
     if config.members:
         case, own = cases[-1], ours[-1]
         swept = step_seconds(case, config, config.members)
@@ -130,27 +131,32 @@ def peer_seconds(cases: list[Case], config: Config) -> tuple[list[float | None],
     ]
     for case in asked:
         del case["dtype"]
-    script = Path(__file__).with_name("saelens_peer.py")
-    text = json.dumps({"cases": asked, "threads": os.cpu_count()})
-    done = subprocess.run([str(config.peer_python), str(script)], input=text, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(
-            f"peer-python: {config.peer_python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = ask_saelens(config.peer_python, {"threads": os.cpu_count(), "cases": asked})
     return found["seconds"], found["versions"]
 
 
-def heading(rates: dict[str, float], versions: str | None) -> None:
-    """Provenance: command, commit, device, versions, date, and what the machine gives."""
+def ask_saelens(python: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What saelens_peer.py answers under another Python."""
+    script = Path(__file__).with_name("saelens_peer.py")
+    try:
+        done = subprocess.run([str(python), str(script)], input=json.dumps(asked), capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
+    if done.returncode:
+        raise InputError(f"peer-python: {python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def heading(title: str, details: str) -> None:
+    """Title and provenance: command, commit, device, versions, date."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    commit = found.stdout.strip() or "unknown"
     device = jax.local_devices()[0]
     kind = _cpu() if device.platform == "cpu" else device.device_kind
-    rate = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
-    print(f"`python benchmarks/sae_step.py`, commit {commit.stdout.strip() or 'unknown'}, {kind}, "
-          f"{os.cpu_count()} CPU cores, jax {jax.__version__}, {versions or 'no peer'}, "
-          f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}. Matrix rate: {rate}.\n")  # fmt: skip
+    command, date = f"python {' '.join(sys.argv)}", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    place = f"{kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
+    print(f"\n## {title}\n\n{details} `{command}`, commit {commit}, {place}, {date}.\n")
 
 
 def _cpu() -> str:
@@ -159,10 +165,5 @@ def _cpu() -> str:
     return names[0].split(":")[1].strip() if names else platform.machine()
 
 
-def table(columns: list[str], rows: list[list[Any]]) -> None:
-    for line in (columns, ["---"] * len(columns), *rows):
-        print("| " + " | ".join(map(str, line)) + " |", flush=True)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    measure.run(main, Config)
