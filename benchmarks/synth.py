@@ -22,7 +22,7 @@ import measure
 import sae
 from qwen_eqx import InputError
 from sae import AbstractSAE, metrics, synthetic, train
-from sae_step import ask_saelens, heading
+from sae_step import ask_peer, heading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def one(shape: Shape, work: Path, config: Config, trainer: Trainer, form: str, s
              "passes": config.passes, "learning_rate": config.learning_rate, "decay_steps": steps // 5, "seed": seed,
              "directory": str(directory)}  # fmt: skip
     assert config.peer_python is not None
-    found = ask_saelens(config.peer_python, {"threads": os.cpu_count(), "train": asked})
+    found = ask_peer(config.peer_python, {"threads": os.cpu_count(), "train": asked})
     return {"seconds": found["seconds"], **score(sae.load(directory), work), "versions": found["versions"]}
 
 

@@ -206,11 +206,11 @@ def _gathered_sum(indices: Array, values: Array, table: Array) -> Array:
 
 @jax.custom_vjp
 def _weighted_rows(indices: Array, values: Array, table: Array) -> Array:
+    # a loop even where one turn would do: XLA on CPU repeats the gathers for every use of a sum that it can fuse
     k = indices.shape[-1]
-    if k <= _UNROLL:
-        return _gathered_sum(indices, values, table)
-    pad = ((0, 0), (0, -k % _UNROLL))
-    parts = [jnp.moveaxis(jnp.pad(a, pad).reshape(a.shape[0], -1, _UNROLL), 1, 0) for a in (indices, values)]
+    turns = max(2, -(-k // _UNROLL))
+    pad = ((0, 0), (0, -k % turns))
+    parts = [jnp.moveaxis(jnp.pad(a, pad).reshape(a.shape[0], turns, -1), 1, 0) for a in (indices, values)]
 
     def add(out, part):
         return out + _gathered_sum(part[0], part[1], table), None
