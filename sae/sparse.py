@@ -51,8 +51,13 @@ def keep_largest(values: Float[Array, "batch slots"], count: Int[Array, ""]) -> 
     least = lax.fori_loop(0, 31, refine, jnp.int32(0))
     above, tied = bits > least, bits == least
     room = count - jnp.sum(above.astype(jnp.int32))
-    earlier = jnp.cumsum(tied.reshape(-1).astype(jnp.int32)).reshape(tied.shape)
-    return above | (tied & (earlier <= room))
+    # a running count of all places would take longer than the 31 counts: only one row keeps some of its ties, not all
+    ties = jnp.sum(tied.astype(jnp.int32), axis=-1)
+    upto = jnp.cumsum(ties)
+    last = jnp.argmax(upto > room)
+    some = jnp.cumsum(tied[last].astype(jnp.int32)) <= room - upto[last] + ties[last]
+    here = (jnp.arange(ties.size) == last)[:, None] & some[None]
+    return above | (tied & ((upto <= room)[:, None] | here))
 
 
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:
