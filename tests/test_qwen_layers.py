@@ -1,5 +1,7 @@
 """The parts of a block, against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+import qwen_eqx
+import tiny
 import tolerances
-from qwen_eqx.attention import attend
+from qwen_eqx import attention
+from qwen_eqx.attention import attend, blockwise
 from qwen_eqx.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
 
 
@@ -96,3 +101,40 @@ def test_what_the_mask_hides_cannot_matter():
 def test_a_query_that_sees_nothing_stays_finite():
     q, k, v = normal(0, 1, 1, 1, 1, 4), normal(1, 1, 1, 3, 4), normal(2, 1, 1, 3, 4)
     assert np.isfinite(attend(q, k, v, jnp.zeros((1, 1, 3), bool))).all()
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_attention_in_blocks_equals_attention_at_once(data):
+    """Any mask, blocks that nobody sees and queries that see nothing among them; the last block may be short."""
+    rows, kv_seq = data.draw(st.sampled_from([(3, 7), (4, 8), (6, 13)]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    q, k, v = (jnp.asarray(3 * rng.normal(size=(2, 2, n, 4)), jnp.float32) for n in (rows, kv_seq, kv_seq))
+    mask = rng.random((2, 1, rows, kv_seq)) < data.draw(st.sampled_from([0.2, 0.7]))
+    mask[:, :, :, : data.draw(st.integers(0, kv_seq))] = False
+    z = np.asarray(blockwise(q, k, v, jnp.asarray(mask), 4))
+    scores = np.where(mask, np.einsum("bhqd,bhsd->bhqs", *map(np.float64, (q, k))) / 2, -np.inf)
+    sees = mask.any(-1, keepdims=True)
+    weights = np.exp(scores - np.where(sees, scores.max(-1, keepdims=True), 0))
+    expected = np.einsum("bhqs,bhsd->bhqd", weights, np.float64(v)) / np.where(sees, weights.sum(-1, keepdims=True), 1)
+    np.testing.assert_allclose(z, expected, **tolerances.SAME_F32)
+
+
+def test_a_long_prompt_in_chunks_and_blocks_equals_a_plain_forward(monkeypatch: pytest.MonkeyPatch):
+    """Two chunks of 300 over 601 slots: past the size from which attention goes block by block."""
+    model = tiny.random_model(dataclasses.replace(tiny.CONFIGS["qwen2"], max_seq=1024))
+    prompt = np.random.default_rng(0).integers(0, 97, 600).tolist()
+    out = qwen_eqx.generate(model, [prompt], max_new_tokens=1, prefill_chunk=300)
+    monkeypatch.setattr(attention, "BLOCK", 10_000)
+    whole = jax.nn.log_softmax(model(jnp.asarray(prompt))[-1])
+    np.testing.assert_allclose(out.log_probs[0, 0], whole.max(), **tolerances.SAME_F32)
+
+
+def test_attention_in_blocks_has_the_gradient_of_attention_at_once():
+    q, k, v = (normal(seed, 1, 1, length, 4) for seed, length in enumerate((5, 12, 12)))
+    mask = jnp.tril(jnp.ones((5, 12), bool), 7)[None, None]
+
+    def total(k: jax.Array, block: int) -> jax.Array:
+        return (blockwise(q, k, v, mask, block) ** 2).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(k, 4), jax.grad(total)(k, 12), **tolerances.SAME_F32)
