@@ -181,7 +181,8 @@ class Run:
             feeding = sum(self.seconds[name] - spent[name] for name in ("model", "buffer"))
             self.seconds["SAE"] += time.perf_counter() - begin - feeding
             begin, spent = time.perf_counter(), dict(self.seconds)
-            advance(taken, f"loss {self.history[-1]['loss'][0]:.4f} fvu {self.history[-1]['fvu'][0]:.3f} ")
+            low, high = min(self.history[-1]["fvu"]), max(self.history[-1]["fvu"])
+            advance(taken, f"fvu {low:.3f} " if low == high else f"fvu {low:.3f} to {high:.3f} ")
             due, stop = self._due(taken), self.stopping  # read once: the signal may come at any line
             if self.step == self.config.steps or stop or due:
                 self._save()

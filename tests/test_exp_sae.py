@@ -128,6 +128,19 @@ def test_live_equals_replay(tmp_path: Path):
     assert (tmp_path / "live" / WEIGHTS).read_bytes() == (tmp_path / "replay" / WEIGHTS).read_bytes()
 
 
+def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: Path, tmp_path: Path, monkeypatch):
+    whole, held = training.buffer.ShuffleBuffer.init, []
+
+    def wide(**options):
+        held.append(options.pop("dtype"))
+        return whole(**options, dtype=jnp.float32)
+
+    monkeypatch.setattr(training.buffer.ShuffleBuffer, "init", wide)
+    run(train_sae, small(tmp_path))
+    assert set(held) == {jnp.dtype(jnp.bfloat16)}
+    assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+
+
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_tokens=512, out=tmp_path))
     assert "the largest change of a logit is 0" in said
