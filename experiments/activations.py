@@ -116,8 +116,8 @@ class Stored:
         if not len(store):
             raise sae.InputError(f"{store.directory}: found no committed rows, expected some to train on")
         item = self.store.column("item")
-        numbers = np.unique(item)
-        first, self.held_out_tasks = split([str(store.items[int(number)]["task"]) for number in numbers], held_out)
+        numbers, said = np.unique(item), store.items  # an item whose sidecar names no task is one by itself
+        first, self.held_out_tasks = split([str(said[int(number)].get("task", number)) for number in numbers], held_out)
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
         self.ranges = [
             (int(np.searchsorted(item, part[0])), int(np.searchsorted(item, part[-1], "right"))) for part in parts

@@ -41,16 +41,20 @@ def written(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def loss_curves(path: Path, history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Loss, FVU and L0 of each member against the step."""
+    """Loss, FVU, L0 and dead latents of each member against the step."""
     steps = [entry["step"] for entry in history]
-    with _figure(path, columns=3) as axes:
-        for ax, (field, label) in zip(axes, (("loss", "loss"), ("fvu", "FVU of the batch"), ("l0", "L0")), strict=True):
+    panels = {"loss": "loss", "fvu": "FVU of the batch", "l0": "L0", "dead": "dead latents"}
+    with _figure(path, columns=len(panels)) as axes:
+        for ax, (field, label) in zip(axes, panels.items(), strict=True):
             for member, name in enumerate(names):
                 values = [entry[field][member] for entry in history]
-                ax.plot(steps, values, color=COLOURS[member % len(COLOURS)], linewidth=1.3, label=name)
+                style = "-" if member < len(COLOURS) else "--" if member < 2 * len(COLOURS) else ":"
+                ax.plot(steps, values, style, color=COLOURS[member % len(COLOURS)], linewidth=1.3, label=name)
             ax.set(xlabel="step", ylabel=label)
-            if field != "l0":
+            if field in ("loss", "fvu"):
                 ax.set_yscale("log")
+            else:
+                ax.set_ylim(bottom=0)
         if len(names) > 1:
             axes[0].legend(fontsize=7, frameon=False)
     return _said(path)

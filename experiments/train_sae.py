@@ -114,9 +114,7 @@ def open_source(
         model_name, revision, tasks = config.model, config.revision, config.tasks
         if config.model == "tiny-arc":
             cli.console.print("tiny-arc is a demonstration model; --model Qwen/Qwen2.5-0.5B-Instruct loads a real one.")
-    kind = f"{config.form} {'transcoder' if members[0].place.transcodes else 'SAE'}"
-    where = ", ".join(dict.fromkeys(str(member.place) for member in members))
-    cli.console.print(f"{len(members)} {kind}{'s' * (len(members) > 1)} on {where} of {model_name}")
+    announce(config, members, model_name)
     need = 2 * (config.batch_size * config.steps_per_call + source.largest)
     if config.buffer_rows < need:
         raise sae.InputError(
@@ -124,6 +122,16 @@ def open_source(
         )
     facts = {"model_name": model_name, "revision": revision, "tasks": tasks}
     return source, members, facts | {"held_out_tasks": list(source.held_out_tasks)}
+
+
+def announce(config: Config, members: Sequence[Member], model_name: str) -> None:
+    kind = f"{config.form} {'transcoder' if members[0].place.transcodes else 'SAE'}"
+    where = ", ".join(dict.fromkeys(str(member.place) for member in members))
+    cli.console.print(f"{len(members)} {kind}{'s' * (len(members) > 1)} on {where} of {model_name}")
+    if members[0].place.transcodes and config.form in ("topk", "gated"):
+        cli.console.print(
+            f"SAELens has no {config.form} transcoder and will not open it; --form batchtopk gives one that it opens."
+        )
 
 
 def sites_of(members: Sequence[Member]) -> tuple[str, ...]:
