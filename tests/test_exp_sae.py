@@ -160,13 +160,15 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
 
 
 def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
-    foreign = sae.BatchTopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
-    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post"})
+    foreign = sae.BatchTopK.init(d_model=144, d_sae=32, k=4, key=jax.random.key(0))  # at a site of another width
+    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
     run(evaluate_sae, dataclasses.replace(config, max_tokens=512, out=tmp_path / "out"))
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
-    assert (tmp_path / "out" / "fvu_l0.svg").stat().st_size < 60_000
+    picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
+    assert len(picture) < 60_000
+    assert "batchtopk, blocks.1.mlp.hook_post" in picture
 
 
 @pytest.mark.parametrize("mode", ["add", "clamp"])
