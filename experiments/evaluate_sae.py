@@ -6,6 +6,7 @@ a directory that holds several, which are then compared. Without --tasks the tas
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def sources(given: Sequence[str]) -> dict[str, str]:
     """Short name -> place; a directory that holds SAEs stands for all of them."""
     found = []
     for place in given:
-        inside = sorted(str(path.parent) for path in Path(place).glob("**/cfg.json")) if Path(place).is_dir() else []
+        inside = sorted(map(str, (path.parent for path in Path(place).glob("**/cfg.json"))), key=_numbers_as_such)
         found += inside if len(inside) > 1 or (inside and inside != [place]) else [place]
     parts = [Path(place).parts for place in found]
     shared = 0
@@ -111,6 +112,11 @@ def sources(given: Sequence[str]) -> dict[str, str]:
     if len(set(names)) != len(names):
         raise sae.InputError(f"--sae: found {', '.join(given)}, expected each SAE once")
     return dict(zip(names, found, strict=True))
+
+
+def _numbers_as_such(text: str) -> list[tuple[int, str]]:
+    """k4 before k16."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def read_documents(
@@ -141,9 +147,10 @@ def evaluate(
     figures.densities(out / "densities.svg", counts, edges, dead)
     figures.breakdown(out / "breakdown.svg", groups)
     result |= {"dead": dead, "density_histogram": {"counts": counts.tolist(), "log10_edges": edges.tolist()}, **groups}
-    survey = sae.Survey.take((np.asarray(module.encode(x)) for x in acts), d_sae=module.d_sae, examples=config.examples)
+    codes = (splicing.encoded(module, x) for x in acts)
+    survey = sae.Survey.take(codes, d_sae=module.d_sae, examples=config.examples)
     chosen = survey.choose(config.latents)
-    codes = [np.asarray(module.encode(x)[:, np.asarray(chosen, np.int32)]) for x in acts]
+    codes = [splicing.encoded(module, x)[:, chosen] for x in acts]  # again: of all latents they may not fit
     facts = {
         "model": data.model_name,
         "site": str(place),

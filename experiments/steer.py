@@ -95,9 +95,9 @@ def pick(
     model: qwen_eqx.Qwen, module: sae.AbstractSAE, items: list[extract.Item], site: str, latent: int | None
 ) -> tuple[int, float]:
     """The latent asked for or chosen, and its largest value on the prompts."""
-    codes = [module.encode(splicing.captured(model, item.tokens, [site])[site]) for item in items]
-    peaks = np.max([np.asarray(jnp.max(z, axis=0)) for z in codes], axis=0)
-    fired = np.sum([np.asarray(jnp.sum((z > 0).astype(jnp.int32), axis=0)) for z in codes], axis=0)
+    codes = [splicing.encoded(module, splicing.captured(model, item.tokens, [site])[site]) for item in items]
+    peaks = np.max([z.max(axis=0) for z in codes], axis=0)
+    fired = np.sum([(z > 0).sum(axis=0) for z in codes], axis=0)
     share = fired / sum(len(item.tokens) for item in items)
     if latent is None:
         selective = np.where((share >= 0.001) & (share <= 0.1), peaks, 0.0)
