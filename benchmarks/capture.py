@@ -1,6 +1,9 @@
 """What capturing costs: a step with and without it, and a step's time against the length of its buffers."""
 
 import dataclasses
+import statistics
+
+import numpy as np
 
 import measure
 from qwen_eqx import Capture, Qwen
@@ -22,8 +25,8 @@ class Config:
     """New tokens that cache and activation buffer have room for, while as many steps are taken as in the others."""
     steps: int = 16
     """Steps per timing."""
-    repeats: int = 3
-    """Timings of which the median is shown, with and without capture in turn."""
+    repeats: int = 9
+    """Timings without and with capture, in turn; medians are shown, and the median of the pairs' ratios."""
 
 
 def main(config: Config) -> None:
@@ -33,26 +36,26 @@ def main(config: Config) -> None:
     for batch in config.batches:
         for length in config.lengths:
             measure.say(f"batch {batch}, room for {length} new tokens")
-            without, captured = step_seconds(model, config, batch, length)
-            rows.append(
-                [batch, length, f"{1e3 * without:.2f}", f"{1e3 * captured:.2f}", f"{captured / without - 1:+.1%}"]
-            )
+            pairs = step_seconds(model, config, batch, length)
+            without, captured = (statistics.median(side) for side in zip(*pairs, strict=True))
+            costs = [captured / without - 1 for without, captured in pairs]
+            low, middle, high = np.quantile(costs, [0.25, 0.5, 0.75])
+            row = [batch, length, f"{1e3 * without:.2f}", f"{1e3 * captured:.2f}", f"{middle:+.1%}"]
+            rows.append([*row, f"{low:+.1%} to {high:+.1%}"])
     measure.heading("Capture", f"{config.shape}, {config.dtype}, {config.layers} layers, prompt {config.prompt}")
-    measure.table(["batch", "room for tokens", "ms/step without", "ms/step with", "capture costs"], rows)
+    measure.table(["batch", "room for tokens", "ms/step without", "ms/step with", "capture costs", "quartiles"], rows)
 
 
-def step_seconds(model: Qwen, config: Config, batch: int, length: int) -> tuple[float, float]:
-    """Seconds per step without and with capture."""
+def step_seconds(model: Qwen, config: Config, batch: int, length: int) -> list[tuple[float, float]]:
+    """Seconds per step without and with capture, measured in turn."""
     last = model.config.layers
     capture = Capture(layers=range(max(0, last - config.layers), last))
     prompts = measure.random_prompts(model.config, batch, config.prompt)
     without, captured = (
-        measure.step_seconds(
-            model, prompts, steps=config.steps, repeats=config.repeats, max_new_tokens=length, capture=asked
-        )
+        measure.stepper(model, prompts, steps=config.steps, max_new_tokens=length, capture=asked)
         for asked in (None, capture)
     )
-    return without, captured
+    return [(without(), captured()) for _ in range(config.repeats)]
 
 
 if __name__ == "__main__":

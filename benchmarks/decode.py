@@ -89,7 +89,8 @@ def _products(model: Qwen, x: Float[Array, "batch d_model"], steps: int) -> Floa
             gate, up = (matmul(x, part.weight).astype(x.dtype) for part in (block.mlp.gate, block.mlp.up))
             x = x + matmul(gate * up, block.mlp.down.weight).astype(x.dtype)
         logits = matmul(x, model.embed.table if model.head is None else model.head.weight)
-        return (1e-3 * logits[:, : x.shape[1]]).astype(x.dtype)
+        back = logits[:, : x.shape[1]]
+        return (back / jnp.abs(back).max()).astype(x.dtype)  # neither overflows nor dies away
 
     return jax.lax.fori_loop(0, steps, step, x)
 

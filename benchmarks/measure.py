@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 import qwen_eqx
 from qwen_eqx import PRESETS, GenerationState, Generator, InputError, Qwen, QwenConfig
 from qwen_eqx.layers import matmul, normal_weight
-from qwen_eqx.moves import while_in_place
 
 TINY = QwenConfig("qwen2", 320, 32, 2, 4, 2, 8, 64, 512, rope_theta=10_000.0, tied=True)  # to see that the script runs
 ConfigT = TypeVar("ConfigT")
@@ -123,21 +122,28 @@ def random_model(config: QwenConfig, dtype: str) -> Qwen:
 def step_seconds(model: Qwen, prompts: np.ndarray, *, steps: int, repeats: int, **options: Any) -> float:
     """Median seconds per step of the compiled loop; `options` go to `qwen_eqx.prepare`."""
     options.setdefault("max_new_tokens", steps * (repeats + 1) + 1)
+    run = stepper(model, prompts, steps=steps, **options)
+    return statistics.median(run() for _ in range(repeats))
+
+
+def stepper(model: Qwen, prompts: np.ndarray, *, steps: int, **options: Any) -> Callable[[], float]:
+    """A call that takes `steps` more steps and says how many seconds each took; the first ones, which compile, are taken."""
     generator, inputs = qwen_eqx.prepare(model, prompts, **options)
     state, _ = eqx.filter_jit(generator.prefill)(model, **inputs)
-    jax.block_until_ready(state)
-    taken = []
-    for _ in range(repeats + 1):
+    state = jax.block_until_ready(_steps(model, generator, state, steps))
+
+    def run() -> float:
+        nonlocal state
         start = time.perf_counter()
         state = jax.block_until_ready(_steps(model, generator, state, steps))
-        taken.append((time.perf_counter() - start) / steps)
-    return statistics.median(taken[1:])  # the first one compiles
+        return (time.perf_counter() - start) / steps
+
+    return run
 
 
 @eqx.filter_jit(donate="all-except-first")  # without donation, every call would copy cache and buffers once
 def _steps(model: Qwen, generator: Generator, state: GenerationState, steps: int) -> GenerationState:
-    last = state.column + steps
-    return while_in_place(lambda s: s.column < last, lambda s: generator.step(model, s), state, stride=steps)
+    return jax.lax.fori_loop(0, steps, lambda _, s: generator.step(model, s), state)
 
 
 def weight_bytes(model: Qwen) -> int:

@@ -1,6 +1,6 @@
-"""Samples per second of one SAE training step, what its time goes to, a sweep against single steps, and SAELens' step.
+"""Samples per second of one SAE training step, what its time goes to, a sweep against single steps, and the peers'.
 
-python benchmarks/sae_step.py --peer-python /path/to/python-with-sae-lens
+python benchmarks/sae_step.py --peer-python /path/to/python-with-sae-lens (and eai-sparsify, dictionary-learning)
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import tyro
 
 import measure
 import sae
+from qwen_eqx import InputError
 from sae import objectives, train
 
 
@@ -28,13 +28,15 @@ from sae import objectives, train
 class Config:
     """What to measure."""
 
-    peer_python: Path | None = None  # a Python that has sae-lens; measured in the same run
+    peer_python: Path | None = None  # a Python with sae-lens, eai-sparsify or dictionary-learning; in the same run
+    forms: tuple[Literal["topk", "batchtopk"], ...] = ("topk", "batchtopk")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batch: int = 4096
     steps: int = 4  # per compiled call
     calls: int = 2  # the best is reported
     members: int = 8  # of the sweep; 0 leaves it out
     pieces: bool = True
-    tiny: bool = False  # small shapes, only to see that everything runs
+    shape: Literal["full", "tiny"] = "full"  # tiny: only to see that everything runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +53,54 @@ class Case:
         return f"{self.form} {self.d_model} -> {self.d_sae:,}, k {self.k}, {self.dtype}"
 
 
+SIZES = {"topk": (896, 16_384, 32), "batchtopk": (768, 4_096, 25)}
+
+
 def main(config: Config) -> None:
-    shapes = [("topk", 896, 16_384, 32), ("batchtopk", 768, 4_096, 25)]
-    if config.tiny:
-        shapes, config = [("topk", 16, 64, 4), ("batchtopk", 16, 64, 4)], dataclasses.replace(config, batch=32, steps=2)
-    cases = [Case(*shape, dtype) for shape in shapes for dtype in ("float32", "bfloat16")]
-    rates = {
-        dtype: 1e9 * measure.matrix_gflop_per_s(dtype, 128 if config.tiny else 2048)
-        for dtype in ("float32", "bfloat16")
-    }
+    tiny = config.shape == "tiny"
+    if tiny:
+        config = dataclasses.replace(config, batch=32, steps=2)
+    sizes = {form: (16, 64, 4) if tiny else SIZES[form] for form in config.forms}
+    cases = [Case(form, *sizes[form], dtype) for form in config.forms for dtype in config.dtypes]
+    rates = {dtype: 1e9 * measure.matrix_gflop_per_s(dtype, 128 if tiny else 2048) for dtype in config.dtypes}
     ours = [step_seconds(case, config) for case in cases]
-    theirs, versions = peer_seconds(cases, config)
-    heading(rates, versions)
+    peers = peer_seconds(cases, config)
+    versions = ", ".join(peer["version"] for peer in peers.values()) or "no peer"
+    rate = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
+    heading("One training step", f"Batch {config.batch:,}; {versions}. Matrix rate: {rate}.")
     rows = []
-    for case, own, other in zip(cases, ours, theirs, strict=True):
+    for at, (case, own) in enumerate(zip(cases, ours, strict=True)):
         ideal = 2 * config.batch * case.d_model * case.d_sae / rates[case.dtype]
-        peer = ["–", "–"] if other is None else [f"{config.batch / other:,.0f}", f"{other / own:.1f}"]
-        rows.append([case, f"{own * 1e3:,.0f}", f"{config.batch / own:,.0f}", f"{ideal / own:.0%}", *peer])
-    table(["step", "ms", "samples/s", "one encoder product at the matrix rate", "SAELens samples/s", "ratio"], rows)
+        row = [case, f"{own * 1e3:,.0f}", f"{config.batch / own:,.0f}", f"{ideal / own:.0%}"]
+        for peer in peers.values():
+            other = peer["seconds"][at]
+            row += [None, None] if other is None else [f"{config.batch / other:,.0f}", f"{other / own:.1f}"]
+        rows.append(row)
+    columns = ["step", "ms", "samples/s", "one encoder product at the matrix rate"]
+    measure.table(columns + [cell for name in peers for cell in (f"{name} samples/s", "ratio")], rows)
     if config.pieces:
-        print("\nWhere the time goes, ms; the last column is the whole step less the two before:\n")
-        rows = []
-        for case, own in zip(cases, ours, strict=True):
-            chosen, gradient = piece_seconds(case, config)
-            parts = [chosen, gradient, own - chosen - gradient]
-            rows.append([case, *(f"{part * 1e3:,.0f}" for part in parts)])
-        table(["step", "product and selection", "loss and gradient by rows", "Adam, norms, counts"], rows)
+        pieces(cases, ours, config)
     if config.members:
-        case, own = cases[-1], ours[-1]
+        sweeps(cases, ours, config)
+
+
+def pieces(cases: list[Case], ours: list[float], config: Config) -> None:
+    print("\nWhere the time goes, ms; the last column is the whole step less the two before:\n")
+    rows = []
+    for case, own in zip(cases, ours, strict=True):
+        chosen, gradient = piece_seconds(case, config)
+        parts = [chosen, gradient, own - chosen - gradient]
+        rows.append([case, *(f"{part * 1e3:,.0f}" for part in parts)])
+    measure.table(["step", "product and selection", "loss and gradient by rows", "Adam, norms, counts"], rows)
+
+
+def sweeps(cases: list[Case], ours: list[float], config: Config) -> None:
+    print(f"\nA sweep of {config.members} on the same rows, ms per step of all members:\n")
+    rows = []
+    for case, own in zip(cases, ours, strict=True):
         swept = step_seconds(case, config, config.members)
-        print(f"\nA sweep of {config.members} ({case}): {swept * 1e3:,.0f} ms per step of all, "
-              f"{swept / (config.members * own):.2f} of {config.members} single steps.")  # fmt: skip
+        rows.append([case, f"{swept * 1e3:,.0f}", f"{swept / (config.members * own):.2f}"])
+    measure.table(["step", "sweep", f"of {config.members} single steps"], rows)
 
 
 def step_seconds(case: Case, config: Config, members: int = 1) -> float:
@@ -120,37 +139,40 @@ def build(case: Case, seed: int) -> Any:
     return sae.FORMS[case.form].init(d_model=case.d_model, d_sae=case.d_sae, k=case.k, key=jax.random.key(seed))  # type: ignore[call-arg]
 
 
-def peer_seconds(cases: list[Case], config: Config) -> tuple[list[float | None], str | None]:
-    """SAELens' seconds for each case (bfloat16: its autocast), and its versions; None without a peer."""
+def peer_seconds(cases: list[Case], config: Config) -> dict[str, Any]:
+    """Library -> its version and its seconds for each case (bfloat16: under autocast, parameters in float32)."""
     if config.peer_python is None:
-        return [None] * len(cases), None
-    asked = [
-        dataclasses.asdict(case) | {"batch": config.batch, "steps": config.calls, "autocast": case.dtype == "bfloat16"}
-        for case in cases
-    ]
+        return {}
+    measure.say("peers")
+    asked = [dataclasses.asdict(case) | {"batch": config.batch} for case in cases]
     for case in asked:
-        del case["dtype"]
-    script = Path(__file__).with_name("saelens_peer.py")
-    text = json.dumps({"cases": asked, "threads": os.cpu_count()})
-    done = subprocess.run([str(config.peer_python), str(script)], input=text, capture_output=True, text=True)
+        case["autocast"] = case.pop("dtype") == "bfloat16"
+    found = ask_peer(config.peer_python, {"threads": os.cpu_count(), "cases": asked, "steps": config.calls})
+    return found["libraries"]
+
+
+def ask_peer(python: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What sae_peers.py answers under another Python."""
+    script = Path(__file__).with_name("sae_peers.py")
+    try:
+        done = subprocess.run([str(python), str(script)], input=json.dumps(asked), capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
     if done.returncode:
-        sys.exit(
-            f"peer-python: {config.peer_python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return found["seconds"], found["versions"]
+        raise InputError(f"peer-python: {python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def heading(rates: dict[str, float], versions: str | None) -> None:
-    """Provenance: command, commit, device, versions, date, and what the machine gives."""
+def heading(title: str, details: str) -> None:
+    """Title and provenance: command, commit, device, versions, date."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    commit = found.stdout.strip() or "unknown"
     device = jax.local_devices()[0]
     kind = _cpu() if device.platform == "cpu" else device.device_kind
-    rate = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
-    print(f"`python benchmarks/sae_step.py`, commit {commit.stdout.strip() or 'unknown'}, {kind}, "
-          f"{os.cpu_count()} CPU cores, jax {jax.__version__}, {versions or 'no peer'}, "
-          f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}. Matrix rate: {rate}.\n")  # fmt: skip
+    command, date = f"python {' '.join(sys.argv)}", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    place = f"{kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
+    print(f"\n## {title}\n\n{details} `{command}`, commit {commit}, {place}, {date}.\n")
 
 
 def _cpu() -> str:
@@ -159,10 +181,5 @@ def _cpu() -> str:
     return names[0].split(":")[1].strip() if names else platform.machine()
 
 
-def table(columns: list[str], rows: list[list[Any]]) -> None:
-    for line in (columns, ["---"] * len(columns), *rows):
-        print("| " + " | ".join(map(str, line)) + " |", flush=True)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    measure.run(main, Config)

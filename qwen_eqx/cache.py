@@ -7,7 +7,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen_eqx.config import QwenConfig
-from qwen_eqx.moves import write_slice
 
 
 class LayerCache(eqx.Module):
@@ -18,7 +17,11 @@ class LayerCache(eqx.Module):
 
     def write(self, new: "LayerCache", slot: Int[Array, ""]) -> "LayerCache":
         """Puts `new`'s positions at `slot` and after, one slice update for all rows; they must fit without wrapping."""
-        return jax.tree.map(lambda old, part: write_slice(old, part, slot, axis=2), self, new)
+
+        def put(old: Array, part: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), slot, axis=2)
+
+        return jax.tree.map(put, self, new)
 
 
 class KVCache(eqx.Module):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from qwen_eqx.buffer import ActivationBuffer
 from qwen_eqx.cache import KVCache
 from qwen_eqx.edits import AbstractEdit, EditTap
 from qwen_eqx.model import Qwen
-from qwen_eqx.moves import read_slice, while_in_place, write_slice
 from qwen_eqx.sample import AbstractSampler, needs_seen
 from qwen_eqx.sites import Recorder, Site
 
@@ -22,7 +22,7 @@ class GenerationState(eqx.Module):
     token: Int[Array, " batch"]  # chosen last, not yet read by the model
     tokens: Int[Array, "batch new"]  # chosen so far; the pad token elsewhere
     log_probs: Float32[Array, "batch new"]  # of the chosen tokens under the model; 0 elsewhere
-    activations: Float[Array, "sites batch new d_model"] | None  # column t: what produced token t; 0 elsewhere
+    buffer: ActivationBuffer | None  # column t: what produced token t; 0 elsewhere
     seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and output; kept only for samplers that ask
     column: Int[Array, ""]  # columns written so far
     first: Int[Array, " batch"]  # the column of each row's token 0
@@ -31,6 +31,11 @@ class GenerationState(eqx.Module):
     done: Bool[Array, " batch"]
     prompt_length: Int[Array, " batch"]
     keys: Key[Array, " batch"]  # folded from (seed, item, sample); each step folds itself in
+
+    @property
+    def activations(self) -> Float[Array, "sites batch new d_model"] | None:
+        """What the buffer holds."""
+        return None if self.buffer is None else self.buffer.values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +111,21 @@ class Generator(eqx.Module):
         seen: Bool[Array, "batch vocab"] | None,
     ) -> GenerationState:
         """A state in which nothing was generated and every row is done."""
-        new, batch, wide = self.settings.new, keys.shape[0], model.config.d_model
-        shape = (len(self.settings.sites), batch, new, wide)
+        new, batch, buffer = self.settings.new, keys.shape[0], None
+        if self.settings.keep_generated:
+            buffer = ActivationBuffer.init(
+                sites=len(self.settings.sites),
+                batch=batch,
+                new=new,
+                d_model=model.config.d_model,
+                dtype=self.settings.capture_dtype,
+            )
         return GenerationState(
             cache=cache,
             token=jnp.zeros(batch, jnp.int32),
             tokens=jnp.full((batch, new), self.settings.pad_token, jnp.int32),
             log_probs=jnp.zeros((batch, new), jnp.float32),
-            activations=jnp.zeros(shape, self.settings.capture_dtype) if self.settings.keep_generated else None,
+            buffer=buffer,
             seen=seen,
             column=jnp.zeros((), jnp.int32),
             first=jnp.zeros(batch, jnp.int32),
@@ -132,9 +144,11 @@ class Generator(eqx.Module):
 
     def loop(self, model: Qwen, state: GenerationState) -> GenerationState:
         """Steps until every row is done, looking every `stride` steps."""
-        return while_in_place(
-            lambda s: ~s.done.all(), lambda s: self.step(model, s), state, stride=self.settings.stride
-        )
+
+        def steps(state: GenerationState) -> GenerationState:
+            return jax.lax.fori_loop(0, self.settings.stride, lambda _, s: self.step(model, s), state)
+
+        return jax.lax.while_loop(lambda s: ~s.done.all(), steps, state)
 
     def choose(
         self,
@@ -149,10 +163,10 @@ class Generator(eqx.Module):
         chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
         log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
         at = state.column % self.settings.new
-        tokens = _write_column(state.tokens, token[:, None], live[:, None], at)
-        activations = state.activations
-        if activations is not None and produced_by is not None:
-            activations = _write_column(activations, produced_by, live[None, :, None, None], at)
+        tokens = _write_column(state.tokens, token, live, at)
+        buffer = state.buffer
+        if buffer is not None and produced_by is not None:
+            buffer = buffer.write(produced_by, live, at)
         length = state.length + live.astype(jnp.int32)
         seen = state.seen
         if seen is not None:
@@ -161,8 +175,8 @@ class Generator(eqx.Module):
             cache=state.cache,
             token=jnp.where(live, token, state.token),
             tokens=tokens,
-            log_probs=_write_column(state.log_probs, log_prob[:, None], live[:, None], at),
-            activations=activations,
+            log_probs=_write_column(state.log_probs, log_prob, live, at),
+            buffer=buffer,
             seen=seen,
             column=state.column + 1,
             first=state.first,
@@ -197,14 +211,15 @@ class Generator(eqx.Module):
         prompt_length: Int[Array, " rows"],
         *,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows seq d_model"] | None]:
+    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
         """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
         edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:
             return x, cache, None
-        values = jnp.stack([recorder.values[site] for site in self.settings.sites])
+        wanted = slice(0 if self.settings.keep_prompt else -1, None)  # the last position is what a token is chosen from
+        values = jnp.stack([recorder.values[site][:, wanted] for site in self.settings.sites])
         return x, cache, values.astype(self.settings.capture_dtype)
 
     def _read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]):
@@ -228,7 +243,7 @@ class Generator(eqx.Module):
             part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
             x, cache, values = self._forward(model, part, cache, lengths)
             if kept is not None and values is not None:
-                kept = write_slice(kept, values, i * chunk, axis=2)
+                kept = jax.lax.dynamic_update_slice_in_dim(kept, values, i * chunk, axis=2)
             return cache, x[:, -1], None if values is None else values[:, :, -1:], kept
 
         x = jnp.zeros((prompts, model.config.d_model), model.dtype)
@@ -248,15 +263,14 @@ class Generator(eqx.Module):
 
 
 def _write_column(
-    buffer: Float[Array, "..."] | Int[Array, "..."],
-    value: Float[Array, "..."] | Int[Array, "..."],
-    live: Bool[Array, "..."],
+    rows: Float32[Array, "batch new"] | Int[Array, "batch new"],
+    value: Float32[Array, " batch"] | Int[Array, " batch"],
+    live: Bool[Array, " batch"],
     at: Int[Array, ""],
-) -> Float[Array, "..."] | Int[Array, "..."]:
-    """Puts `value` in column `at` of the rows that are live, in place: one slice update for the batch."""
-    axis = 1 if buffer.ndim == 2 else 2
-    old = read_slice(buffer, at, 1, axis=axis)
-    return write_slice(buffer, jnp.where(live, value.astype(buffer.dtype), old), at, axis=axis)
+) -> Float32[Array, "batch new"] | Int[Array, "batch new"]:
+    """Puts `value` in column `at` of the rows that are live: one slice update for the batch."""
+    old = jax.lax.dynamic_slice_in_dim(rows, at, 1, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(rows, jnp.where(live[:, None], value[:, None], old), at, axis=1)
 
 
 def _repeat(tree, copies: int, *, axis: int):

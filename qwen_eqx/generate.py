@@ -79,7 +79,8 @@ def generate(
     )
     if not inputs["tokens"].shape[0]:
         return _nothing(model.config, generator.settings, inputs["tokens"].shape[1])
-    return _generate(model, generator, **inputs)
+    tokens, lengths, log_probs, buffer, prompt_activations = _generate(model, generator, **inputs)
+    return Generation(tokens, lengths, log_probs, None if buffer is None else buffer.values, prompt_activations)
 
 
 @eqx.filter_jit
@@ -89,10 +90,10 @@ def _generate(
     tokens: Int[Array, "prompts prompt"],
     lengths: Int[Array, " prompts"],
     keys: Key[Array, " batch"],
-) -> Generation:
+):
     state, prompt_activations = generator.prefill(model, tokens, lengths, keys)
     state = generator.loop(model, state)
-    return Generation(state.tokens, state.length, state.log_probs, state.activations, prompt_activations)
+    return state.tokens, state.length, state.log_probs, state.buffer, prompt_activations
 
 
 def prepare(

@@ -22,7 +22,6 @@ from qwen_eqx.errors import InputError
 from qwen_eqx.generate import PREFILL_CHUNK, make_settings, memory_plan, positive, prompt_rows, prompt_width, row_keys
 from qwen_eqx.memory import free_device_bytes
 from qwen_eqx.model import Qwen
-from qwen_eqx.moves import roll, while_in_place, write_slice
 from qwen_eqx.sample import AbstractSampler, Greedy, needs_seen
 from qwen_eqx.sites import Capture
 from qwen_eqx.tokenizer import pad_left
@@ -228,18 +227,13 @@ def _admit(what: Admission, state: GenerationState) -> GenerationState:
     model, generator, prompt, keys, seat, limit = what
     one = generator.begin(model, prompt, keys)
     back = state.cache.index - one.cache.index
-    layers = jax.tree.map(
-        lambda row, part: write_slice(row, roll(part, back, axis=2), seat, axis=0), state.cache.layers, one.cache.layers
-    )
-    cache = KVCache(layers, state.cache.index, state.cache.length.at[seat].set(one.cache.length[0]))
     column = state.column - one.column
 
-    def place(rows: Array, part: Array, axis: int = 0) -> Array:
-        return write_slice(rows, roll(part, column, axis=axis + 1), seat, axis=axis)
+    def place(rows: Array, part: Array, *, by: Int[Array, ""] = column, axis: int = 0, along: int = 1) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.roll(part, by, axis=along), seat, axis=axis)
 
-    activations = state.activations
-    if activations is not None and one.activations is not None:
-        activations = place(activations, one.activations, axis=1)
+    layers = jax.tree.map(lambda rows, part: place(rows, part, by=back, along=2), state.cache.layers, one.cache.layers)
+    cache = KVCache(layers, state.cache.index, state.cache.length.at[seat].set(one.cache.length[0]))
 
     def put(rows: Array, part: Array) -> Array:
         return rows.at[seat].set(part[0])
@@ -249,7 +243,7 @@ def _admit(what: Admission, state: GenerationState) -> GenerationState:
         token=put(state.token, one.token),
         tokens=place(state.tokens, one.tokens),
         log_probs=place(state.log_probs, one.log_probs),
-        activations=activations,
+        buffer=jax.tree.map(lambda rows, part: place(rows, part, axis=1, along=2), state.buffer, one.buffer),
         seen=None if state.seen is None or one.seen is None else put(state.seen, one.seen),
         column=state.column,
         first=state.first.at[seat].set(column),
@@ -270,17 +264,17 @@ def _run(what: tuple[Qwen, Generator], state: GenerationState) -> GenerationStat
     def more(state: GenerationState) -> Bool[Array, ""]:
         return ~(state.done & ~idle).any()
 
-    return while_in_place(more, lambda s: generator.step(model, s), state, stride=1)
+    return jax.lax.while_loop(more, lambda s: generator.step(model, s), state)
 
 
 @jax.jit
 def _harvest(state: GenerationState, seat: Int[Array, ""]):
     """A row's tokens, log-probabilities, activations and length, column 0 first."""
     back = -state.first[seat]
-    activations = None if state.activations is None else roll(state.activations[:, seat], back, axis=1)
+    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, seat], back, axis=1), state.buffer)
     return (
-        roll(state.tokens[seat], back, axis=0),
-        roll(state.log_probs[seat], back, axis=0),
-        activations,
+        jnp.roll(state.tokens[seat], back),
+        jnp.roll(state.log_probs[seat], back),
+        None if buffer is None else buffer.values,
         state.length[seat],
     )

@@ -13,7 +13,6 @@ from qwen_eqx.engine import Generator
 from qwen_eqx.errors import InputError
 from qwen_eqx.generate import positive, prepare
 from qwen_eqx.model import Qwen
-from qwen_eqx.moves import while_in_place
 
 _NEVER = -1e9  # a score that no sequence has; transformers' choice
 
@@ -104,7 +103,7 @@ def _beam_search(
         return eqx.tree_at(lambda s: s.open, state, (length < new) & hopeful)
 
     state = _start(model, generator, tokens, lengths, beams)
-    return while_in_place(lambda s: s.open, step, state, stride=1)
+    return jax.lax.while_loop(lambda s: s.open, step, state)
 
 
 @eqx.filter_jit
@@ -129,7 +128,7 @@ def _threshold_search(
         return eqx.tree_at(lambda s: s.open, state, more)
 
     state = _start(model, generator, tokens, lengths, slots)
-    return while_in_place(lambda s: s.open, step, state, stride=1)
+    return jax.lax.while_loop(lambda s: s.open, step, state)
 
 
 def _start(

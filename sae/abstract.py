@@ -123,8 +123,14 @@ def check_k(k: int, d_sae: int) -> None:
         raise InputError(f"k: found {k}, expected between 1 and d_sae={d_sae}")
 
 
-def initial(d_model: int, d_sae: int, d_out: int | None, key: PRNGKeyArray) -> dict[str, Array]:
-    """Unit decoder rows in random directions, the encoder their copy (Gao et al. 2024, Appendix A.1), zero biases."""
+def initial(
+    d_model: int, d_sae: int, d_out: int | None, key: PRNGKeyArray, encoder_norm: float = 1.0
+) -> dict[str, Array]:
+    """Unit decoder rows in random directions, the encoder their copy (Gao et al. 2024, Appendix A.1), zero biases.
+
+    Where every sample chooses its latents alone, `encoder_norm` 0.3 forgets the random start sooner; where the batch
+    chooses, it lets the latents that grow first starve the others (measured on SynthSAEBench, docs/LOG.md).
+    """
     for name, size in {"d_model": d_model, "d_sae": d_sae, "d_out": d_out}.items():
         if size is not None and size < 1:
             raise InputError(f"{name}: found {size}, expected at least 1")
@@ -134,7 +140,7 @@ def initial(d_model: int, d_sae: int, d_out: int | None, key: PRNGKeyArray) -> d
     if d_out is not None:
         decoder = _unit_rows(jax.random.normal(write, (d_sae, d_out), jnp.float32))
     b_enc, b_dec = jnp.zeros(d_sae, jnp.float32), jnp.zeros(decoder.shape[-1], jnp.float32)
-    return {"encoder": encoder, "b_enc": b_enc, "decoder": decoder, "b_dec": b_dec}
+    return {"encoder": encoder_norm * encoder, "b_enc": b_enc, "decoder": decoder, "b_dec": b_dec}
 
 
 def unknown_threshold() -> Float[Array, ""]:

@@ -115,7 +115,8 @@ def auxk(
     """
     residual = jax.lax.stop_gradient(residual)
     masked = jnp.where(is_dead[None], pre, -jnp.inf)
-    kth = jax.lax.top_k(jax.lax.stop_gradient(masked), min(k_aux, masked.shape[-1]))[0][:, -1:]
+    largest, _ = jax.lax.top_k(jax.lax.stop_gradient(masked), min(k_aux, masked.shape[-1]))
+    kth = jnp.min(largest, axis=-1, keepdims=True)  # not the last column: slicing it out makes XLA sort whole rows
     z = jnp.where(is_dead[None] & (masked >= kth), jax.nn.relu(pre), 0.0)
     share = jnp.minimum(1.0, jnp.sum(is_dead.astype(jnp.float32)) / k_aux)
     return share * squared_error(residual, jnp.einsum("bs,sd->bd", z, decoder))

@@ -55,7 +55,7 @@ class TopK(AbstractSAE):
     @classmethod
     def init(cls, *, d_model: int, d_sae: int, k: int, key: PRNGKeyArray, d_out: int | None = None) -> "TopK":
         check_k(k, d_sae)
-        return cls(**initial(d_model, d_sae, d_out, key), k=k, apply_b_dec_to_input=d_out is None)
+        return cls(**initial(d_model, d_sae, d_out, key, 0.3), k=k, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
         values, indices = lax.top_k(pre, self.k)
@@ -152,7 +152,8 @@ class JumpReLU(AbstractSAE):
         if not 0 <= threshold < float("inf"):
             raise InputError(f"threshold: found {threshold}, expected a finite number of at least 0")
         thresholds = jnp.full((d_sae,), threshold, jnp.float32)
-        return cls(**initial(d_model, d_sae, d_out, key), threshold=thresholds, apply_b_dec_to_input=d_out is None)
+        parts = initial(d_model, d_sae, d_out, key, 0.3)
+        return cls(**parts, threshold=thresholds, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
         return jnp.where(pre > jnp.expand_dims(self.threshold, range(pre.ndim - 1)), jax.nn.relu(pre), 0.0)

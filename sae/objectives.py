@@ -55,14 +55,17 @@ def select(module: AbstractSAE, x: Float[Array, "batch d_model"], hyper: Hyper, 
         rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), slots)
         return Selection(rows, indices.reshape(-1), kept.reshape(-1), jnp.array(False))
     kept = keep_largest(jax.nn.relu(pre), jnp.round(batch * hyper.k).astype(jnp.int32))
-    overflow = jnp.any(kept[:, -1] & (pre[:, -1] > 0)) if slots < module.d_sae else jnp.array(False)
-    pairs = min(
-        batch * getattr(module, "k", slots), indices.size
-    )  # a batch keeps no more, so the sparse products run over no more
-    places = jnp.nonzero(kept.reshape(-1), size=pairs, fill_value=indices.size)[0].astype(jnp.int32)
-    inside = places < indices.size
-    places = jnp.minimum(places, indices.size - 1)
-    return Selection(places // slots, indices.reshape(-1)[places], inside, overflow)
+    kept = kept & (pre > 0)
+    # a batch keeps no more than batch·k, so the sparse products run over no more; of each row the first ones are kept
+    pairs = min(batch * getattr(module, "k", slots), indices.size)
+    counts = jnp.sum(kept.astype(jnp.int32), axis=-1)
+    # not kept[:, -1]: a slice of what top_k returns makes XLA sort whole rows
+    overflow = jnp.any(counts == slots) if slots < module.d_sae else jnp.array(False)
+    ends = jnp.cumsum(counts)
+    place = jnp.arange(pairs, dtype=jnp.int32)
+    rows = jnp.minimum(jnp.searchsorted(ends, place, side="right"), batch - 1).astype(jnp.int32)
+    columns = indices[rows, jnp.clip(place - (ends - counts)[rows], 0, slots - 1)]
+    return Selection(rows, columns, place < ends[-1], overflow)
 
 
 def sparse_objective(

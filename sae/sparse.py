@@ -51,8 +51,13 @@ def keep_largest(values: Float[Array, "batch slots"], count: Int[Array, ""]) -> 
     least = lax.fori_loop(0, 31, refine, jnp.int32(0))
     above, tied = bits > least, bits == least
     room = count - jnp.sum(above.astype(jnp.int32))
-    earlier = jnp.cumsum(tied.reshape(-1).astype(jnp.int32)).reshape(tied.shape)
-    return above | (tied & (earlier <= room))
+    # a running count of all places would take longer than the 31 counts: only one row keeps some of its ties, not all
+    ties = jnp.sum(tied.astype(jnp.int32), axis=-1)
+    upto = jnp.cumsum(ties)
+    last = jnp.argmax(upto > room)
+    some = jnp.cumsum(tied[last].astype(jnp.int32)) <= room - upto[last] + ties[last]
+    here = (jnp.arange(ties.size) == last)[:, None] & some[None]
+    return above | (tied & ((upto <= room)[:, None] | here))
 
 
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:
@@ -206,11 +211,11 @@ def _gathered_sum(indices: Array, values: Array, table: Array) -> Array:
 
 @jax.custom_vjp
 def _weighted_rows(indices: Array, values: Array, table: Array) -> Array:
+    # a loop even where one turn would do: XLA on CPU repeats the gathers for every use of a sum that it can fuse
     k = indices.shape[-1]
-    if k <= _UNROLL:
-        return _gathered_sum(indices, values, table)
-    pad = ((0, 0), (0, -k % _UNROLL))
-    parts = [jnp.moveaxis(jnp.pad(a, pad).reshape(a.shape[0], -1, _UNROLL), 1, 0) for a in (indices, values)]
+    turns = max(2, -(-k // _UNROLL))
+    pad = ((0, 0), (0, -k % turns))
+    parts = [jnp.moveaxis(jnp.pad(a, pad).reshape(a.shape[0], turns, -1), 1, 0) for a in (indices, values)]
 
     def add(out, part):
         return out + _gathered_sum(part[0], part[1], table), None

@@ -100,7 +100,18 @@ def _gradient(
     if not isinstance(module, TopK):
         which = jnp.where(chosen.overflow, len(paths), which)
         paths.append(lambda: evaluate(dense, aux))
-    return lax.switch(which, paths) if len(paths) > 1 else paths[0]()
+    return lax.switch(_shared(which), paths) if len(paths) > 1 else paths[0]()
+
+
+@jax.custom_batching.custom_vmap
+def _shared(which: Int32[Array, ""]) -> Int32[Array, ""]:
+    """The path that all members of a vmap take: each is exact for all, and own ones would make them compute all three."""
+    return which
+
+
+@_shared.def_vmap
+def _shared_by_members(_size, batched, which):
+    return (jnp.max(which) if batched[0] else which), False
 
 
 def _update(

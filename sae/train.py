@@ -15,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -30,11 +31,17 @@ from sae.step import step as step
 
 
 class NotFinite(ArithmeticError):
-    """A loss was not finite: `step` names the step, `state` is the last good state."""
+    """A loss was not finite: `step` of the first, `members` of a stack that have one; `state` is the last good state."""
 
-    def __init__(self, step: int, state: TrainState):
-        super().__init__(f"step {step}: the loss is not finite; the state before it is kept")
-        self.step, self.state = step, state
+    def __init__(self, state: TrainState):
+        bad = np.asarray(state.bad_step)
+        self.state, self.step = state, int(bad[bad >= 0].min())
+        self.members = tuple(int(member) for member in np.flatnonzero(bad >= 0)) if bad.ndim else ()
+        first = [member for member in self.members if bad[member] == self.step]
+        rest = len(self.members) - len(first)
+        who = f", member {', '.join(map(str, first))} of {len(bad)}" if first else ""
+        later = f" ({rest} more later)" if rest else ""
+        super().__init__(f"step {self.step}{who}: the loss is not finite{later}; the state before it is kept")
 
 
 def init(
@@ -114,9 +121,8 @@ def fit(
         if x.ndim == 2:
             x, y = x[None], None if y is None else y[None]
         state, metrics = run(state, x, config, y, at_once, sites)
-        bad = int(jnp.max(state.bad_step))
-        if bad >= 0:
-            raise NotFinite(bad, state)
+        if int(jnp.max(state.bad_step)) >= 0:
+            raise NotFinite(state)
         yield state, metrics
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Inside a package, a file imports only files that stand before it here.
 ORDER = {
     "qwen_eqx": [
-        "errors", "files", "chat", "tokenizer", "config", "moves", "layers", "rope", "attention", "cache", "sites", "edits",
+        "errors", "files", "chat", "tokenizer", "config", "layers", "rope", "attention", "cache", "buffer", "sites", "edits",
         "model", "sample", "memory", "engine", "generate", "scheduler", "score", "search", "sharding", "hub", "hf", "train",
         "__init__",
     ],

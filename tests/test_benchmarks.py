@@ -13,6 +13,8 @@ RUNS = {
     "prefill": ["--prompts", "20", "--repeats", "1"],
     "capture": ["--batches", "2", "--layers", "1", "--prompt", "20", "--lengths", "16", "--steps", "2", "--repeats", "1"],
     "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
+    "sae_step": ["--calls", "1", "--members", "2"],
+    "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],
     "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
 }  # fmt: skip
 
@@ -28,8 +30,9 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_runs_and_prints_its_table(name: str):
-    done = run(name, "--shape", "tiny", *RUNS[name])
+def test_it_runs_and_prints_its_table(name: str, tmp_path: Path):
+    work = ["--work", str(tmp_path)] if name == "synth" else []
+    done = run(name, "--shape", "tiny", *RUNS[name], *work)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any(line.startswith("## ") for line in lines)

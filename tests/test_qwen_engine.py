@@ -1,7 +1,9 @@
 """Stopping, compilations and memory of the compiled loop."""
 
+import dataclasses
 from collections.abc import Sequence
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import running
 import tiny
 from qwen_eqx import Capture, Generation, Greedy, InputError
 from qwen_eqx.generate import memory_plan
+from qwen_eqx.hf import skeleton
 from running import NEW, PROMPTS, assert_same, greedy
 
 SITES = tiny.d_model_sites(tiny.CONFIGS["qwen2"])
@@ -124,7 +127,7 @@ def test_the_memory_plan_is_what_is_allocated(samples: int, positions: str):
 
     plan = memory_plan(model.config, generator.settings, 2, inputs["tokens"].shape[1], samples)
     assert plan.cache_bytes == size(state.cache.layers) > 0
-    assert plan.capture_bytes == size((state.activations, kept)) > 0
+    assert plan.capture_bytes == size((state.buffer, kept)) > 0
     assert plan.total_bytes == plan.cache_bytes + plan.capture_bytes
 
 
@@ -138,3 +141,21 @@ def test_what_does_not_fit_says_what_to_lower(monkeypatch: pytest.MonkeyPatch):
         running.generate(PROMPTS)
     monkeypatch.setattr(module, "free_device_bytes", lambda: None)  # a platform that does not say
     assert qwen_eqx.prepare(tiny.model(), PROMPTS, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loop_updates_cache_and_buffer_in_place(dtype: str):
+    """By the compiler's account: with the state donated, all of it comes back where it was, and no second copy is made."""
+    config = dataclasses.replace(tiny.CONFIGS["qwen2"], layers=8, max_seq=4096)
+    model = skeleton(config, jnp.dtype(dtype))
+    options = {"max_new_tokens": 3000, "capture": Capture(layers=range(8))}
+    generator, inputs = qwen_eqx.prepare(model, PROMPTS[:3], **options)
+    arrays, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    state, _ = jax.eval_shape(lambda a, i: generator.prefill(eqx.combine(a, static), **i), arrays, inputs)
+    loop = jax.jit(lambda a, s: generator.loop(eqx.combine(a, static), s), donate_argnums=1)
+    memory = loop.lower(arrays, state).compile().memory_analysis()
+    assert memory is not None
+    plan = memory_plan(config, generator.settings, 3, inputs["tokens"].shape[1]).total_bytes
+    assert memory.output_size_in_bytes > plan
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.1 * plan  # attention's scores; one more copy of cache or buffer would be half

@@ -1,5 +1,6 @@
 """Training: sparse equals dense, sweeps equal separate runs, live equals replay, NaN stops, resume is exact."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,45 @@ def test_nan_stops_names_the_step_and_keeps_the_last_good_state():
         list(train.fit(state, [bad], config))
     same(caught.value.state.module, good.module)
     same(caught.value.state.optimizer, good.optimizer)
+
+
+@pytest.mark.parametrize("form", ["topk", "batchtopk"])
+def test_members_of_a_vmap_share_one_path_and_lose_nothing(form):
+    """A path of its own for each member would have all of them computed for all."""
+    states = [start(form, seed=seed, eps=1e-2, dead_after=10)[0] for seed in range(2)]
+    config = start(form, eps=1e-2, dead_after=10)[1]
+    states[1] = train.TrainState(
+        **{**vars(states[1]), "since_fired": jnp.full(16, 50, jnp.int32)}
+    )  # only these are dead
+
+    def one(state):
+        return step.step(state, X[0], X[0], config)[0]
+
+    stacked = train.stack(states)
+    made, _, _ = eqx.filter_make_jaxpr(eqx.filter_vmap(one))(stacked)
+    assert "cond[" in str(made)
+    for alone, together in zip(
+        map(one, states), train.unstack(eqx.filter_jit(eqx.filter_vmap(one))(stacked)), strict=True
+    ):
+        for left, right in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_in_a_sweep_names_its_members_and_spares_the_others():
+    (first, config), (second, _), (third, _) = (start(seed=seed) for seed in range(3))
+    broken = [eqx.tree_at(lambda s: s.module.b_enc, state, replace_fn=lambda b: b.at[0].set(jnp.nan))
+              for state in (second, third)]  # fmt: skip
+    alone, _ = train.run(jax.tree.map(jnp.copy, first), X, config)
+    with pytest.raises(train.NotFinite, match="step 0, member 1 of 2: the loss is not finite;") as caught:
+        list(train.fit(train.stack([first, broken[0]]), [X], config))
+    assert caught.value.members == (1,)
+    same(train.unstack(caught.value.state)[0].module, alone.module)
+    broken[1] = train.TrainState(
+        **{**vars(third), "hyper": eqx.tree_at(lambda h: h.learning_rate, third.hyper, jnp.nan)}
+    )
+    with pytest.raises(train.NotFinite, match=r"step 0, member 0 of 2: .* \(1 more later\)") as caught:
+        list(train.fit(train.stack([broken[0], broken[1]]), [X], config))
+    assert caught.value.members == (0, 1)
 
 
 @pytest.mark.parametrize("dead", [0, 10**6])
