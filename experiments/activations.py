@@ -23,16 +23,21 @@ from sae import buffer
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Activations of a few items; where `valid` is False a row is padding."""
+    """Activations of a few items, at every site in one row; where `valid` is False a row is padding."""
 
-    rows: Float[Array, "rows d_model"]
+    rows: Float[Array, "rows sites d_model"]
     valid: Bool[Array, " rows"]
+
+    @classmethod
+    def of(cls, rows: Float[Array, "rows d_model"]) -> "Group":
+        """Rows of one site, all of them valid."""
+        return cls(rows[:, None], jnp.ones(rows.shape[0], bool))
 
 
 class Source(Protocol):
     """Groups by number, `training` of them; those after are held out, and of tasks that training never sees."""
 
-    site: str
+    sites: tuple[str, ...]
     d_model: int
     dtype: jnp.dtype
     training: int
@@ -44,7 +49,7 @@ class Source(Protocol):
 
 
 class Live:
-    """Groups made by a model that continues prompts; they never leave its device."""
+    """Groups made by a model that continues prompts, one pass for all sites; they never leave its device."""
 
     def __init__(
         self,
@@ -53,13 +58,14 @@ class Live:
         items: Sequence[extract.Item],
         *,
         held_out: int,
-        site: str,
+        sites: tuple[str, ...],
         prompts: int,
         max_new_tokens: int,
     ):
-        self.site, self.d_model, self.dtype = site, model.config.d_model, jnp.dtype(model.dtype)
+        self.sites, self.d_model, self.dtype = sites, model.config.d_model, jnp.dtype(model.dtype)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.capture = qwen_eqx.Capture(sites=(site,), positions="all")
+        self.capture = qwen_eqx.Capture(sites=sites, positions="all")
+        self.capture.resolve(model.config)  # raises now for a site that cannot be captured
         first, self.held_out_tasks = split([item.task.id for item in items], held_out)
         self.groups = [items[part] for part in _parts(len(items), first, prompts)]
         self.training = len(list(_parts(first, first, prompts)))
@@ -67,7 +73,7 @@ class Live:
         self.largest = max(sum(len(item.tokens) + max_new_tokens for item in group) for group in self.groups)
 
     def group(self, number: int) -> Group:
-        """The residual stream at every position read: the prompt's, and each generated token's but the last."""
+        """The activations at every position read: the prompt's, and each generated token's but the last."""
         items = self.groups[number]
         out = qwen_eqx.generate(
             self.model,
@@ -80,8 +86,8 @@ class Live:
         assert out.prompt_activations is not None
         assert out.activations is not None
         return _flat(
-            out.prompt_activations[0],
-            out.activations[0],
+            out.prompt_activations,
+            out.activations,
             jnp.asarray([len(item.tokens) for item in items], jnp.int32),
             out.lengths,
         )
@@ -90,12 +96,12 @@ class Live:
 @jax.jit
 def _flat(prompt: Array, generated: Array, prompt_lengths: Array, lengths: Array) -> Group:
     """One row per position: the prompt's last one produced token 0 and stands first among the generated."""
-    width = prompt.shape[1]
-    rows = jnp.concatenate([prompt[:, : width - 1], generated], axis=1)
+    sites, _, width, d_model = prompt.shape
+    rows = jnp.concatenate([prompt[:, :, : width - 1], generated], axis=2)
     read = jnp.arange(width - 1)[None] >= width - prompt_lengths[:, None]
-    wrote = jnp.arange(generated.shape[1])[None] < lengths[:, None]
+    wrote = jnp.arange(generated.shape[2])[None] < lengths[:, None]
     valid = jnp.concatenate([read, wrote], axis=1)
-    return Group(rows.reshape(-1, rows.shape[-1]), valid.reshape(-1))
+    return Group(jnp.moveaxis(rows, 0, 2).reshape(-1, sites, d_model), valid.reshape(-1))
 
 
 jax.tree_util.register_dataclass(Group, data_fields=["rows", "valid"], meta_fields=[])
@@ -104,14 +110,14 @@ jax.tree_util.register_dataclass(Group, data_fields=["rows", "valid"], meta_fiel
 class Stored:
     """Groups read back from a store that `extract.py` wrote, as many items at a time as the live run has prompts."""
 
-    def __init__(self, store: sae.ActivationStore, *, held_out: int, site: str, prompts: int):
-        self.site, self.d_model, self.dtype = site, store.manifest.d_model, jnp.dtype(store.manifest.dtype)
-        self.store = store.select(site)
+    def __init__(self, store: sae.ActivationStore, *, held_out: int, sites: tuple[str, ...], prompts: int):
+        self.sites, self.d_model, self.dtype = sites, store.manifest.d_model, jnp.dtype(store.manifest.dtype)
+        self.store = store.select(*sites)
         if not len(store):
             raise sae.InputError(f"{store.directory}: found no committed rows, expected some to train on")
         item = self.store.column("item")
-        numbers = np.unique(item)
-        first, self.held_out_tasks = split([str(store.items[int(number)]["task"]) for number in numbers], held_out)
+        numbers, said = np.unique(item), store.items  # an item whose sidecar names no task is one by itself
+        first, self.held_out_tasks = split([str(said[int(number)].get("task", number)) for number in numbers], held_out)
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
         self.ranges = [
             (int(np.searchsorted(item, part[0])), int(np.searchsorted(item, part[-1], "right"))) for part in parts
@@ -122,9 +128,9 @@ class Stored:
 
     def group(self, number: int) -> Group:
         start, end = self.ranges[number]
-        rows = self.store[start:end].activations[:, 0]
+        rows = np.asarray(self.store[start:end].activations)
         room = bucket(end - start)  # few shapes, so few compilations
-        padded = np.zeros((room, self.d_model), rows.dtype)
+        padded = np.zeros((room, *rows.shape[1:]), rows.dtype)
         padded[: end - start] = rows
         return Group(jnp.asarray(padded), jnp.arange(room) < end - start)
 
@@ -181,18 +187,18 @@ def _parts(count: int, first: int, size: int) -> Iterator[slice]:
 
 
 def wanted(group: Group, sink_times: float) -> Bool[Array, " rows"]:
-    """The valid rows, without attention sinks if `sink_times` is above 0 (norm over that many medians)."""
+    """The valid rows; if `sink_times` is above 0, without those whose norm at any site is over that many medians there."""
     return _wanted(group, sink_times) if sink_times else group.valid
 
 
 @functools.partial(jax.jit, static_argnames="sink_times")
 def _wanted(group: Group, sink_times: float) -> Array:
     # NaN rows count neither as rows nor in the median
-    rows = jnp.where(group.valid[:, None], group.rows.astype(jnp.float32), jnp.nan)
-    return buffer.not_a_sink(rows, sink_times)
+    rows = jnp.where(group.valid[:, None, None], group.rows.astype(jnp.float32), jnp.nan)
+    return jnp.all(jax.vmap(buffer.not_a_sink, (1, None), 1)(rows, sink_times), axis=1)
 
 
-def held_out_rows(source: Source, sink_times: float) -> Float[Array, "rows d_model"]:
+def held_out_rows(source: Source, sink_times: float) -> Float[Array, "rows sites d_model"]:
     """All wanted rows of the held-out tasks, on the device; only the mask is looked at by the host."""
     parts = []
     for number in range(source.training, source.training + source.held_out):
@@ -206,13 +212,3 @@ def batches_of(rows: Float[Array, "rows d_model"], size: int = 4096) -> Iterator
     """The rows in order, `size` at a time."""
     for start in range(0, rows.shape[0], size):
         yield rows[start : start + size]
-
-
-def site_of(config: qwen_eqx.QwenConfig, layer: int | None, site: str | None) -> str:
-    """The site that --layer or --site names; without either, the residual stream after the first late block."""
-    if layer is not None and site is not None:
-        raise sae.InputError(f"--layer, --site: found both ({layer}, {site}), expected one of them")
-    if site is not None:
-        return str(qwen_eqx.Site.parse(site, config))
-    chosen = extract.parse_layers("late", config.layers)[0] if layer is None else layer
-    return str(qwen_eqx.Site.parse(qwen_eqx.Site(chosen, "resid_post"), config))

@@ -6,19 +6,20 @@ a directory that holds several, which are then compared. Without --tasks the tas
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import activations
-import arc
 import cli
 import figures
 import pages
+import places
 import qwen_eqx
 import sae
 import splicing
@@ -27,32 +28,16 @@ from sae import metrics
 POSITIONS = (0, 1, 4, 16, 64, 256, 1024, 4096)  # where each group of positions starts
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(splicing.OnModel):
     sae: tuple[str, ...] = ("runs/train_sae/sae",)
     """SAEs to evaluate: directories, files, hub ids, or directories that hold several."""
     k: int | None = None
     """Latents kept, for Qwen-Scope files whose path does not name it."""
-    model: str | None = None
-    """Embedded name, directory or hub id; without it the model that the SAE names."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model."""
-    layer: int | None = None
-    """Residual stream after this block; without it the site that the SAE names."""
-    site: str | None = None
-    """Any other place, as TransformerLens or Hugging Face spell it."""
-    tasks: str | None = None
-    """Data set; without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
     limit: int = 20
     """Tasks to take at most."""
     max_tokens: int = 1024
     """Tokens of a document: training pairs are left out to fit, and inputs that cannot fit are skipped."""
-    encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text."""
-    prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format."""
     sink_times: float = 10.0
     """Leave positions whose norm exceeds this many medians (attention sinks) out of reconstruction; 0 keeps all."""
     latents: int = 40
@@ -63,48 +48,61 @@ class Config:
     """Directory of the table, pictures and reports."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What all SAEs are measured on: documents, and what the model computes at every site while it reads them."""
+
+    model: qwen_eqx.Qwen
+    tokenizer: qwen_eqx.Tokenizer
+    model_name: str
+    documents: list[pages.Document]
+    acts: list[dict[str, jax.Array]]
+
+    def at(self, site: str) -> list[jax.Array]:
+        return [values[site] for values in self.acts]
+
+
 def main(config: Config) -> None:
     for name in ("limit", "max_tokens", "latents", "examples"):
         cli.at_least_one(name, getattr(config, name))
     if not config.sink_times >= 0:
         raise sae.InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
-    loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in sources(config.sae).items()}
-    names = {str(one.metadata.get("model_name", "tiny-arc")) for one in loaded.values()}
-    if config.model is None and len(names) != 1:
-        raise sae.InputError(f"--sae: found SAEs of {', '.join(sorted(names))}, expected one model's, or --model")
-    model, tokenizer = qwen_eqx.from_pretrained(
-        config.model or names.pop(), revision=config.revision, dtype=jnp.dtype(config.dtype)
-    )
-    found = read_documents(config, [one.metadata for one in loaded.values()], tokenizer)
+    given = sources(config.sae)
+    loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in given.items()}
+    metadata = [one.metadata for one in loaded.values()]
+    model, tokenizer, model_name = config.load_model(metadata)
+    where = {name: config.place(model.config, one.module, one.metadata) for name, one in loaded.items()}
+    documents = read_documents(config, metadata, tokenizer)
     cli.fresh_directory(config.out)
     cli.record_run(config.out, config)
-    results = {}
+    sites = [site for place in where.values() for site in (place.reads, place.writes)]
+    reading = cli.progress(documents, len(documents), "reading", "documents")
+    acts = [splicing.captured(model, document.tokens, sites) for document in reading]
+    data = Data(model, tokenizer, model_name, documents, acts)
+    results: dict[str, dict[str, Any]] = {}
     for name, one in cli.progress(loaded.items(), len(loaded), "evaluating", "SAEs"):
-        where = config.out / name if len(loaded) > 1 else config.out
-        where.mkdir(exist_ok=True, parents=True)
-        results[name] = evaluate(config, one, model, tokenizer, found, where, name)
+        out = config.out / name if len(loaded) > 1 else config.out
+        results[name] = {"source": given[name]} | evaluate(config, one.module, where[name], data, out, name)
     cli.write_text(config.out / "metrics.json", json.dumps(results, indent=2) + "\n")
-    cli.console.print(figures.metrics_table(results, f"{len(found)} documents of {len({d.task for d in found})} tasks"))
-    for name, row in results.items():
-        cli.console.print(
-            f"{name}: with its error term spliced in, the largest change of a logit is {row['identity']:g}"
-        )
+    tasks = len({document.task for document in documents})
+    cli.console.print(figures.metrics_table(results, f"{len(documents)} documents of {tasks} tasks"), soft_wrap=False)
+    identity = max(row["identity"] for row in results.values())
+    cli.console.print(f"with the error term spliced in too, the largest change of a logit is {identity:g}")
     if len(results) > 1:
-        note = f"{next(iter(results.values()))['site']}, {len({d.task for d in found})} held-out tasks"
+        note = f"{tasks} held-out tasks" if config.tasks is None else f"{tasks} tasks of {config.tasks}"
         picture = figures.frontier(config.out / "fvu_l0.svg", results, note)
         cli.console.print(f"FVU against L0: {picture}", markup=False)
-    reports = sorted(str(path) for path in config.out.glob("**/report.html"))
-    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {reports[0]}{' …' if len(reports) > 1 else ''}")
-    cli.console.print(
-        f"next: open {reports[0]}, then python experiments/steer.py --sae {results[min(results)]['source']}"
-    )
+    first = next(iter(results))
+    report = (config.out / first if len(results) > 1 else config.out) / "report.html"
+    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {report}{' …' if len(results) > 1 else ''}")
+    cli.console.print(f"next: open {report}, then python experiments/steer.py --sae {given[first]}")
 
 
 def sources(given: Sequence[str]) -> dict[str, str]:
     """Short name -> place; a directory that holds SAEs stands for all of them."""
     found = []
     for place in given:
-        inside = sorted(str(path.parent) for path in Path(place).glob("**/cfg.json")) if Path(place).is_dir() else []
+        inside = sorted(map(str, (path.parent for path in Path(place).glob("**/cfg.json"))), key=_numbers_as_such)
         found += inside if len(inside) > 1 or (inside and inside != [place]) else [place]
     parts = [Path(place).parts for place in found]
     shared = 0
@@ -116,6 +114,11 @@ def sources(given: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
+def _numbers_as_such(text: str) -> list[tuple[int, str]]:
+    """k4 before k16."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
 def read_documents(
     config: Config, metadata: Sequence[dict[str, Any]], tokenizer: qwen_eqx.Tokenizer
 ) -> list[pages.Document]:
@@ -123,66 +126,71 @@ def read_documents(
     held_out = [one.get("held_out_tasks") for one in metadata]
     agree = all(one == held_out[0] for one in held_out)
     chosen = pages.unseen_tasks(metadata[0] if agree else {}, config.tasks)[: config.limit]
-    return pages.documents(chosen, tokenizer, max_tokens=config.max_tokens, encoder=config.encoder, form=config.prompt)
+    options = {"max_tokens": config.max_tokens, "encoder": config.encoder, "form": config.prompt}
+    found = pages.documents(chosen, tokenizer, **options)
+    if left := len(chosen) - len({document.task for document in found}):
+        cli.console.print(f"{left} of {len(chosen)} tasks left out: longer than --max-tokens {config.max_tokens}")
+    return found
 
 
 def evaluate(
-    config: Config,
-    loaded: sae.Loaded,
-    model: qwen_eqx.Qwen,
-    tokenizer: qwen_eqx.Tokenizer,
-    found: list[pages.Document],
-    where: Path,
-    name: str,
+    config: Config, module: sae.AbstractSAE, place: places.Place, data: Data, out: Path, name: str
 ) -> dict[str, Any]:
-    """All metrics of one SAE; pictures and the report go to `where`."""
-    module, metadata = loaded.module, loaded.metadata
-    site = splicing.site_of(model.config, module, metadata, config.layer, config.site)
-    acts = [splicing.activation(model, document.tokens, site) for document in found]
-    total, groups = reconstruct(module, found, acts, config.sink_times)
-    result = {"source": sources(config.sae)[name], "form": form_of(module), "site": site, "d_sae": module.d_sae}
-    result |= metrics.summary(total) | splicing.recovered(model, module, [d.tokens for d in found], site)
+    """All metrics of one SAE; pictures and the report go to `out`."""
+    out.mkdir(exist_ok=True, parents=True)
+    found, acts = data.documents, data.at(place.reads)
+    total, groups = reconstruct(module, found, acts, data.at(place.writes), config.sink_times)
+    result = {"form": form_of(module), "site": str(place), "d_sae": module.d_sae}
+    result |= metrics.summary(total) | splicing.recovered(data.model, module, [d.tokens for d in found], place)
     counts, edges = metrics.density_histogram(total)
     dead = int(np.sum(metrics.density(total) == 0))
-    figures.densities(where / "densities.svg", counts, edges, dead)
-    figures.breakdown(where / "breakdown.svg", groups)
+    figures.densities(out / "densities.svg", counts, edges, dead)
+    figures.breakdown(out / "breakdown.svg", groups)
     result |= {"dead": dead, "density_histogram": {"counts": counts.tolist(), "log10_edges": edges.tolist()}, **groups}
-    codes = [np.asarray(module.encode(x)) for x in acts]
+    codes = (splicing.encoded(module, x) for x in acts)
     survey = sae.Survey.take(codes, d_sae=module.d_sae, examples=config.examples)
     chosen = survey.choose(config.latents)
+    codes = [splicing.encoded(module, x)[:, chosen] for x in acts]  # again: of all latents they may not fit
     facts = {
-        "model": str(config.model or metadata.get("model_name")),
-        "site": site,
+        "model": data.model_name,
+        "site": str(place),
         "SAE": f"{result['form']}, {module.d_sae:,} latents, {name}",
         "documents": f"{len(found)} of {len({d.task for d in found})} tasks, {survey.tokens:,} tokens",
-        **{figures.COLUMNS[key]: f"{result[key]:.4g}" for key in figures.COLUMNS},
+        **figures.written(result),
     }
-    shown = pages.latents(module, survey, found, codes, model, tokenizer, chosen)
-    sae.report.write(where / "report.html", f"Latents of {name}", shown, facts=facts, density=survey.density)
+    shown = pages.latents(module, survey, found, codes, data.model, data.tokenizer, chosen)
+    sae.report.write(out / "report.html", f"Latents of {name}", shown, facts=facts, density=survey.density)
     return result
 
 
 def reconstruct(
-    module: sae.AbstractSAE, found: list[pages.Document], acts: list[jax.Array], sink_times: float
+    module: sae.AbstractSAE,
+    found: list[pages.Document],
+    read: list[jax.Array],
+    written: list[jax.Array],
+    sink_times: float,
 ) -> tuple[metrics.Totals, dict[str, dict[str, dict[str, float]]]]:
     """The totals of all rows, and each metric by position and by task."""
-    rows = jnp.concatenate(acts)
-    whole = activations.Group(rows, jnp.ones(rows.shape[0], bool))
-    keep = np.flatnonzero(np.asarray(activations.wanted(whole, sink_times)))
+    x, y = jnp.concatenate(read), jnp.concatenate(written)
+    wanted = [activations.wanted(activations.Group.of(rows), sink_times) for rows in (x, y)]
+    keep = np.flatnonzero(np.asarray(wanted[0] & wanted[1]))
     lengths = [len(document.tokens) for document in found]
-    place = np.concatenate([np.arange(length) for length in lengths])
+    position = np.concatenate([np.arange(length) for length in lengths])
     tasks = list(dict.fromkeys(document.task for document in found))
     task = np.repeat([tasks.index(document.task) for document in found], lengths)
-    rows, mean = rows[keep], jnp.mean(rows[keep].astype(jnp.float32), axis=0)
     starts = [f"{start}+" for start in POSITIONS]
-    by_position = _totals(module, rows, mean, np.searchsorted(POSITIONS, place[keep], "right") - 1, len(POSITIONS))
-    by_task = _totals(module, rows, mean, task[keep], len(tasks))
-    return by_task, {"position": _named(by_position, starts), "task": _named(by_task, tasks)}
+    by_position = np.searchsorted(POSITIONS, position[keep], "right") - 1
+    totals = [
+        _totals(module, x[keep], y[keep], group, count)
+        for group, count in ((by_position, len(POSITIONS)), (task[keep], len(tasks)))
+    ]
+    return totals[1], {"position": _named(totals[0], starts), "task": _named(totals[1], tasks)}
 
 
-def _totals(module: sae.AbstractSAE, rows: jax.Array, mean: jax.Array, group: np.ndarray, groups: int) -> Any:
-    parts = zip(activations.batches_of(rows), activations.batches_of(jnp.asarray(group, jnp.int32)), strict=True)
-    found = [metrics.totals(module, x, mean, of, groups) for x, of in parts]
+def _totals(module: sae.AbstractSAE, x: jax.Array, y: jax.Array, group: np.ndarray, groups: int) -> metrics.Totals:
+    mean = jnp.mean(y.astype(jnp.float32), axis=0)
+    parts = zip(*map(activations.batches_of, (x, y, jnp.asarray(group, jnp.int32))), strict=True)
+    found = [metrics.totals(module, rows, mean, of, groups, target) for rows, target, of in parts]
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *found)
 
 

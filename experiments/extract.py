@@ -33,7 +33,9 @@ class Config:
     limit: int = 6
     """Tasks to take, from the first."""
     layers: str = "late"
-    """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths."""
+    """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, `none`, or `late` for the last three fifths."""
+    sites: tuple[str, ...] = ()
+    """Further places, as TransformerLens or Hugging Face spell them: blocks.1.hook_resid_mid blocks.1.hook_mlp_out."""
     positions: Literal["all", "generated"] = "all"
     """Keep every position, or only those whose logits chose a generated token."""
     max_new_tokens: int = 64
@@ -73,7 +75,8 @@ def main(config: Config) -> None:
             "tiny-arc is a demonstration model: it shows that everything runs, its answers mean little.\n"
             "--model Qwen/Qwen2.5-0.5B-Instruct (any hub id or directory) loads a real one.\n"
         )
-    capture = qwen_eqx.Capture(layers=parse_layers(config.layers, model.config.layers), positions=config.positions)
+    layers = [] if config.layers == "none" else parse_layers(config.layers, model.config.layers)
+    capture = qwen_eqx.Capture(layers=layers, sites=config.sites, positions=config.positions)
     items = list(make_items(config, model.config, tokenizer))
     writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
     cli.record_run(config.out, config)

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 HOW_TO_GET_IT = "not drawn: pip install 'qwen-eqx[plots]' for matplotlib"
-COLUMNS = {
-    "fvu": "FVU",
-    "explained_variance": "explained",
-    "l0": "L0",
-    "dead_fraction": "dead",
-    "dense_fraction": "dense",
-    "cosine": "cosine",
-    "norm_ratio": "norm ratio",
-    "ce_recovered": "CE rec.",
-    "kl_recovered": "KL rec.",
+COLUMNS = {  # metric: what the table calls it and how it is written
+    "fvu": ("FVU", ".3g"),
+    "l0": ("L0", ".1f"),
+    "dead_fraction": ("dead", ".1%"),
+    "dense_fraction": ("dense", ".1%"),
+    "cosine": ("cosine", ".3f"),
+    "norm_ratio": ("norm", ".3f"),
+    "ce_recovered": ("CE rec.", ".3f"),
+    "kl_recovered": ("KL rec.", ".3f"),
 }
 INK, GRID = "#333333", "#dddddd"
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e08e1b", "#7a5195", "#5f6b6d", "#00a6a6", "#a05a2c")
@@ -26,25 +26,35 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def metrics_table(results: Mapping[str, Mapping[str, Any]], title: str = "on held-out tasks") -> Table:
-    """One row per SAE; lower fvu is better."""
+    """One row per SAE; lower fvu is better, cosine, norm (‖ŷ‖/‖y‖) and what is recovered are best at 1."""
     columns = [name for name in COLUMNS if name in next(iter(results.values()))]
-    table = Table("", *(COLUMNS[name] for name in columns), title=title)
+    numbers = [Column(COLUMNS[name][0], justify="right", no_wrap=True) for name in columns]
+    table = Table(Column("", overflow="fold"), *numbers, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, row in results.items():
-        table.add_row(name, *(f"{row[column]:.4g}" for column in columns))
+        table.add_row(name, *written(row).values())
     return table
 
 
+def written(row: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics of a row as a table shows them, by column."""
+    return {label: format(row[name], form) for name, (label, form) in COLUMNS.items() if name in row}
+
+
 def loss_curves(path: Path, history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Loss, FVU and L0 of each member against the step."""
+    """Loss, FVU, L0 and dead latents of each member against the step."""
     steps = [entry["step"] for entry in history]
-    with _figure(path, columns=3) as axes:
-        for ax, (field, label) in zip(axes, (("loss", "loss"), ("fvu", "FVU of the batch"), ("l0", "L0")), strict=True):
+    panels = {"loss": "loss", "fvu": "FVU of the batch", "l0": "L0", "dead": "dead latents"}
+    with _figure(path, columns=len(panels)) as axes:
+        for ax, (field, label) in zip(axes, panels.items(), strict=True):
             for member, name in enumerate(names):
                 values = [entry[field][member] for entry in history]
-                ax.plot(steps, values, color=COLOURS[member % len(COLOURS)], linewidth=1.3, label=name)
+                style = "-" if member < len(COLOURS) else "--" if member < 2 * len(COLOURS) else ":"
+                ax.plot(steps, values, style, color=COLOURS[member % len(COLOURS)], linewidth=1.3, label=name)
             ax.set(xlabel="step", ylabel=label)
-            if field != "l0":
+            if field in ("loss", "fvu"):
                 ax.set_yscale("log")
+            else:
+                ax.set_ylim(bottom=0)
         if len(names) > 1:
             axes[0].legend(fontsize=7, frameon=False)
     return _said(path)
@@ -79,11 +89,18 @@ def breakdown(path: Path, groups: Mapping[str, Mapping[str, Mapping[str, float]]
 
 
 def frontier(path: Path, results: Mapping[str, Mapping[str, Any]], note: str) -> str:
-    """FVU against L0, a line for each form: lower and further left is better."""
+    """FVU against L0, a line for each form at each site: lower and further left is better."""
+    one_site = len({row["site"] for row in results.values()}) == 1
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in results.values():
+        label = row["form"] if one_site else f"{row['form']}, {row['site']}"
+        lines.setdefault(label, []).append((row["l0"], row["fvu"]))
+    if one_site:
+        note = f"{next(iter(results.values()))['site']}, {note}"
     with _figure(path, columns=1) as (ax,):
-        for number, form in enumerate(dict.fromkeys(row["form"] for row in results.values())):
-            points = sorted((row["l0"], row["fvu"]) for row in results.values() if row["form"] == form)
-            ax.plot(*zip(*points, strict=True), marker=MARKS[number], color=COLOURS[number], label=form, linewidth=1.2)
+        for number, (label, points) in enumerate(lines.items()):
+            l0, fvu = zip(*sorted(points), strict=True)
+            ax.plot(l0, fvu, marker=MARKS[number % 8], color=COLOURS[number % 8], label=label, linewidth=1.2)
         ax.set(xlabel="L0: latents that fire per position", ylabel="FVU (lower is better)", yscale="log")
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")

@@ -1,8 +1,9 @@
 """Make the embedded model `tiny-arc`: a byte-complete tokenizer trained on ARC prompts, and seeded random weights.
 
-`python experiments/make_tiny_arc.py` rewrites qwen_eqx/pretrained/tiny-arc bit for bit.
+Without flags it rewrites qwen_eqx/pretrained/tiny-arc bit for bit; `--out DIR --seed 7` makes another one elsewhere.
 """
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import cli
 import qwen_eqx
 from arc.encode import ARC24_SYMBOLS, DEFAULT_ENCODER
 from arc.grid import as_grid
 from arc.prompt import PROMPTS, answer, chat_messages
 from arc.task import Pair, Task
 
-OUT = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
-SEED = 2
+EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
 VOCAB = 512
 ENCODERS_READ = {DEFAULT_ENCODER: 16, "shape(minimal)": 4, "json": 2, "words": 1}  # prompts of each per prompt format
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -48,6 +49,25 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path = EMBEDDED
+    """Model directory; what is there is replaced."""
+    seed: int = 2
+    """Of the weights and of the prompts that the tokenizer is trained on."""
+
+
+def main(config: Config) -> None:
+    if not 0 <= config.seed < 2**32:
+        raise qwen_eqx.InputError(f"--seed: found {config.seed}, expected 0 to {2**32 - 1}")
+    cli.fresh_directory(config.out)
+    make(config.out, config.seed)
+    total = sum(path.stat().st_size for path in config.out.iterdir())
+    cli.console.print(f"wrote: {config.out} ({CONFIG.parameters:,} weights, {total:,} bytes)", markup=False)
+    if config.out != EMBEDDED:
+        cli.console.print(f"next: python experiments/extract.py --model {config.out}", markup=False)
 
 
 def corpus(rng: np.random.Generator) -> list[str]:
@@ -115,7 +135,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 def random_weights(rng: np.random.Generator) -> qwen_eqx.Qwen:
     """NumPy's generator, the same on every platform; scaled so that blocks, not the last token, decide the next one."""
-    model = qwen_eqx.Qwen.init(CONFIG, key=jax.random.key(SEED), dtype=jnp.dtype(jnp.float32))
+    model = qwen_eqx.Qwen.init(CONFIG, key=jax.random.key(0), dtype=jnp.dtype(jnp.float32))
     leaves, tree = jax.tree.flatten(model)
     drawn = []
     for leaf in leaves:
@@ -128,9 +148,9 @@ def random_weights(rng: np.random.Generator) -> qwen_eqx.Qwen:
     return jax.tree.unflatten(tree, drawn)
 
 
-def make(out: Path) -> None:
+def make(out: Path, seed: int = Config.seed) -> None:
     """Write the whole model directory."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as scratch:
         write_tokenizer(train_tokenizer(corpus(rng)), Path(scratch))
         tokenizer = qwen_eqx.Tokenizer.from_directory(scratch, vocab_size=CONFIG.vocab)
@@ -138,6 +158,4 @@ def make(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(OUT)
-    total = sum(path.stat().st_size for path in OUT.iterdir())
-    print(f"wrote {OUT}: {CONFIG.parameters:,} weights, {total:,} bytes")
+    cli.run(main, Config)

@@ -166,24 +166,28 @@ def latents(
     module: sae.AbstractSAE,
     survey: sae.Survey,
     found: Sequence[Document],
-    codes: Sequence[Float[np.ndarray, "_ d_sae"]],
+    codes: Sequence[Float[np.ndarray, "_ chosen"]],
     model: qwen_eqx.Qwen,
     tokenizer: qwen_eqx.Tokenizer,
     chosen: Sequence[int],
 ) -> list[sae.report.Latent]:
-    """The pages of the chosen latents; promoted tokens by the logit lens through the final norm's gain."""
+    """The pages of the chosen latents, whose values `codes` holds; promoted tokens by the logit lens through the final
+
+    norm's gain, none where the SAE does not write into the residual stream's width.
+    """
     head = model.embed.table if model.head is None else model.head.weight
     lens = (head.astype(jnp.float32) * model.norm.weight.astype(jnp.float32)[None]).T
     directions = module.decoder[jnp.asarray(chosen, jnp.int32)]
-    promoted = _tokens(directions, lens, tokenizer)
-    suppressed = _tokens(-directions, lens, tokenizer)
+    promoted = suppressed = [[] for _ in chosen]
+    if module.d_out == lens.shape[0]:
+        promoted, suppressed = _tokens(directions, lens, tokenizer), _tokens(-directions, lens, tokenizer)
     return [
         sae.report.Latent(
             index=latent,
             density=float(survey.density[latent]),
             mean=float(survey.mean[latent]),
             histogram=survey.histogram[latent],
-            examples=[_example(found[number], codes[number][:, latent]) for number in survey.documents(latent)],
+            examples=[_example(found[number], codes[number][:, place]) for number in survey.documents(latent)],
             promoted=promoted[place],
             suppressed=[(token, -logit) for token, logit in suppressed[place]],
         )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import activations
 import cli
 import sae
+from places import Place
 from sae import buffer, checkpoint, metrics, train
 
 
@@ -27,7 +28,7 @@ class Config:
     form: Literal["topk", "batchtopk", "jumprelu", "matryoshka", "gated", "relu"] = "topk"
     """Of the sparse autoencoder."""
     sweep: tuple[str, ...] = ()
-    """Axes such as k=8,16,32 (or lr, seed, sparsity); every combination trains at once on the same activations."""
+    """Axes such as k=8,16,32 or layer=1,2,3 (also lr, seed, sparsity, site); all combinations train at once on one pass."""
     model: str = "tiny-arc"
     """Embedded name, directory in Hugging Face's layout, or hub id (live)."""
     revision: str | None = None
@@ -44,6 +45,8 @@ class Config:
     """Residual stream after this block; without it the first of the late ones (or the store's first site)."""
     site: str | None = None
     """Any other place, as TransformerLens or Hugging Face spell it: blocks.2.hook_mlp_out."""
+    target_site: str | None = None
+    """Train a transcoder, which from the site above predicts this later one."""
     max_prompt: int = 1024
     """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped (live)."""
     max_new_tokens: int = 16
@@ -80,11 +83,13 @@ class Config:
     """Run directory; a run that was cut off goes on where its last checkpoint stands."""
 
 
-Member = dict[str, Any]  # the fields in which one SAE of a sweep differs
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One SAE of a run, which may be a sweep."""
 
-
-def name_of(member: Member) -> str:
-    return "-".join(f"{name}{value:g}" for name, value in member.items()) or "sae"
+    name: str
+    config: Config  # with its own values
+    place: Place
 
 
 def train_config(config: Config) -> train.TrainConfig:
@@ -103,9 +108,12 @@ def train_config(config: Config) -> train.TrainConfig:
     )
 
 
-def make_module(config: Config, largest_k: int, d_model: int) -> sae.AbstractSAE:
+def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractSAE:
     """A fresh SAE; forms that keep k latents have room for the sweep's largest k, and `Hyper` lowers it."""
+    config = member.config
     sizes: dict[str, Any] = {"d_model": d_model, "d_sae": config.d_sae, "key": jax.random.key(config.seed)}
+    if member.place.transcodes:
+        sizes["d_out"] = d_model
     if config.form in ("topk", "batchtopk", "matryoshka"):
         sizes["k"] = largest_k
     return sae.FORMS[config.form].init(**sizes)  # pyright: ignore[reportAttributeAccessIssue]
@@ -121,7 +129,8 @@ class Run:
 
     def __init__(self, config: Config, members: list[Member], source: activations.Source):
         self.config, self.members, self.source = config, members, source
-        self.state, self.rows = self._blank(jnp.zeros((2, source.d_model), jnp.float32))
+        self.sites = [(source.sites.index(m.place.reads), source.sites.index(m.place.writes)) for m in members]
+        self.state, self.rows = self._blank(jnp.zeros((2, len(source.sites), source.d_model), jnp.float32))
         self.step, self.next_group, self.fresh = 0, 0, True
         self.history: list[dict[str, Any]] = []
         self.seconds = {"model": 0.0, "buffer": 0.0, "SAE": 0.0}
@@ -161,7 +170,8 @@ class Run:
     def _loop(self, advance: Any) -> None:
         begin = time.perf_counter()
         spent = dict(self.seconds)
-        for state, found in train.fit(self.state, self._batches(), train_config(self.config)):
+        sites = jnp.asarray(self.sites if len(self.members) > 1 else self.sites[0], jnp.int32)
+        for state, found in train.fit(self.state, self._batches(), train_config(self.config), sites=sites):
             self.state = state
             taken = found.loss.shape[-1]
             self.step += taken
@@ -171,7 +181,8 @@ class Run:
             feeding = sum(self.seconds[name] - spent[name] for name in ("model", "buffer"))
             self.seconds["SAE"] += time.perf_counter() - begin - feeding
             begin, spent = time.perf_counter(), dict(self.seconds)
-            advance(taken, f"loss {self.history[-1]['loss'][0]:.4f} fvu {self.history[-1]['fvu'][0]:.3f} ")
+            low, high = min(self.history[-1]["fvu"]), max(self.history[-1]["fvu"])
+            advance(taken, f"fvu {low:.3f} " if low == high else f"fvu {low:.3f} to {high:.3f} ")
             due, stop = self._due(taken), self.stopping  # read once: the signal may come at any line
             if self.step == self.config.steps or stop or due:
                 self._save()
@@ -190,6 +201,7 @@ class Run:
             steps = min(self.config.steps_per_call, self.config.steps - self.step)
             with self._timed("buffer"):
                 self.rows, drawn = self.rows.draw(steps=steps, batch=size)
+                drawn = jnp.moveaxis(drawn, 2, 1)  # steps sites batch d_model
                 drawn.block_until_ready()
             yield drawn
 
@@ -212,16 +224,19 @@ class Run:
     def _blank(self, sample: jax.Array) -> tuple[train.TrainState, buffer.ShuffleBuffer]:
         """The state before the first step, centred and scaled by `sample`, and an empty buffer."""
         config, states = self.config, []
-        largest = max(member.get("k", config.k) for member in self.members)
-        for member in self.members:
-            each = dataclasses.replace(config, **member)
-            settings, module = train_config(each), make_module(each, largest, self.source.d_model)
-            state = train.init(module, settings, sample)
-            numbers = train.hyper(module, settings, float(each.k) if hasattr(module, "k") else None)
+        largest = max(member.config.k for member in self.members)
+        for member, (reads, writes) in zip(self.members, self.sites, strict=True):
+            settings, module = train_config(member.config), make_module(member, largest, self.source.d_model)
+            target = sample[:, writes] if member.place.transcodes else None
+            state = train.init(module, settings, sample[:, reads], target)
+            numbers = train.hyper(module, settings, float(member.config.k) if hasattr(module, "k") else None)
             states.append(eqx.tree_at(lambda s: s.hyper, state, numbers))
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
         rows = buffer.ShuffleBuffer.init(
-            capacity=config.buffer_rows, d_model=self.source.d_model, key=key, dtype=jnp.float32
+            capacity=config.buffer_rows,
+            sites=len(self.source.sites),
+            d_model=self.source.d_model,
+            key=jax.random.fold_in(jax.random.key(config.seed), 1),
+            dtype=self.source.dtype,
         )
         return states[0] if len(states) == 1 else train.stack(states), rows
 
@@ -250,20 +265,21 @@ class Run:
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Save every member and measure it on the held-out tasks."""
         held_out = activations.held_out_rows(self.source, self.config.sink_times)
-        mean = jnp.mean(held_out.astype(jnp.float32), axis=0)
         results = {}
         states = [self.state] if len(self.members) == 1 else train.unstack(self.state)
-        for member, state in zip(self.members, states, strict=True):
+        for member, state, (reads, writes) in zip(self.members, states, self.sites, strict=True):
             module = train.finish(state)
-            total = None
-            for rows in activations.batches_of(held_out):
-                part = metrics.totals(module, rows, mean)
+            x, y = held_out[:, reads], held_out[:, writes]
+            mean, total = jnp.mean(y.astype(jnp.float32), axis=0), None
+            for rows, target in zip(activations.batches_of(x), activations.batches_of(y), strict=True):
+                part = metrics.totals(module, rows, mean, target=target)
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
             assert total is not None
-            where = self.config.out / "sae" / (name_of(member) if member else "")
-            facts = facts | {"training": settled(dataclasses.replace(self.config, sweep=(), **member))}
-            sae.save(module, where, facts, density=metrics.density(total))
-            results[name_of(member)] = metrics.summary(total) | {"form": self.config.form, "saved": str(where)}
+            where = self.config.out / "sae" / (member.name if self.config.sweep else "")
+            said = facts | member.place.metadata | {"training": settled(member.config)}
+            sae.save(module, where, said, density=metrics.density(total))
+            found = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
+            results[member.name] = metrics.summary(total) | found
         return results
 
 

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
 from sae.errors import InputError
 
@@ -20,51 +20,64 @@ from sae.errors import InputError
 class ShuffleBuffer(eqx.Module):
     """Live rows in [0, size); `dropped` counts rows that found no room."""
 
-    rows: Float[Array, "capacity d_model"]
+    bits: Num[
+        Array, "capacity *sites d_model"
+    ]  # the rows; 16-bit floats as integers, for XLA:CPU would convert them all
     source: Int32[Array, " capacity"]  # the number of the `add` that brought each row
     size: Int32[Array, ""]
     adds: Int32[Array, ""]
     dropped: Int32[Array, ""]
     key: Key[Array, ""]
+    dtype: jnp.dtype = eqx.field(static=True)
 
     @classmethod
-    def init(cls, *, capacity: int, d_model: int, key: Key[Array, ""], dtype=jnp.float32) -> "ShuffleBuffer":
-        if capacity < 1 or d_model < 1:
-            raise InputError(f"capacity, d_model: found {capacity}, {d_model}, expected at least 1")
+    def init(
+        cls, *, capacity: int, d_model: int, key: Key[Array, ""], dtype=jnp.float32, sites: int | None = None
+    ) -> "ShuffleBuffer":
+        """An empty buffer of rows `d_model`, or `sites d_model`, in the activations' own dtype."""
+        if min(capacity, d_model, 1 if sites is None else sites) < 1:
+            raise InputError(f"capacity, d_model, sites: found {capacity}, {d_model}, {sites}, expected at least 1")
+        shape = (capacity, d_model) if sites is None else (capacity, sites, d_model)
         # distinct arrays, for `add` and `draw` donate the whole buffer
         return cls(
-            rows=jnp.zeros((capacity, d_model), dtype),
+            bits=_bits(jnp.zeros(shape, dtype)),
             source=jnp.zeros(capacity, jnp.int32),
             size=jnp.array(0, jnp.int32),
             adds=jnp.array(0, jnp.int32),
             dropped=jnp.array(0, jnp.int32),
             key=jax.random.clone(key),
+            dtype=jnp.dtype(dtype),
         )
 
     @property
     def capacity(self) -> int:
-        return self.rows.shape[0]
+        return self.bits.shape[0]
 
-    def add(self, rows: Float[Array, "new d_model"], keep: Bool[Array, " new"] | None = None) -> "ShuffleBuffer":
+    @property
+    def rows(self) -> Float[Array, "capacity *sites d_model"]:
+        """All of them, in `dtype`; those of [0, size) are live."""
+        return lax.bitcast_convert_type(self.bits, self.dtype)
+
+    def add(self, rows: Float[Array, "new *sites d_model"], keep: Bool[Array, " new"] | None = None) -> "ShuffleBuffer":
         """The buffer with the kept rows behind the live ones; rows beyond the capacity are dropped and counted."""
         if keep is None:
             keep = jnp.ones(rows.shape[0], bool)
         return _add((rows, keep), self)
 
-    def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch d_model"]]:
+    def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch *sites d_model"]]:
         """A uniform sample of the live rows without replacement, which leaves the buffer."""
         buffer, rows, _ = self.draw_with_source(steps=steps, batch=batch)
         return buffer, rows
 
     def draw_with_source(
         self, *, steps: int, batch: int
-    ) -> tuple["ShuffleBuffer", Float[Array, "steps batch d_model"], Int32[Array, "steps batch"]]:
+    ) -> tuple["ShuffleBuffer", Float[Array, "steps batch *sites d_model"], Int32[Array, "steps batch"]]:
         """`draw`, with the number of the `add` that brought each row, from which `mixing` is measured."""
         wanted, live = steps * batch, int(self.size)
         if wanted > live:
             raise InputError(f"draw: found {live} rows in the buffer, expected at least steps × batch = {wanted}")
         buffer, rows, source = _draw(wanted, self)
-        return buffer, rows.reshape(steps, batch, -1), source.reshape(steps, batch)
+        return buffer, rows.reshape(steps, batch, *rows.shape[1:]), source.reshape(steps, batch)
 
 
 def not_a_sink(rows: Float[Array, "rows d_model"], times: float = 10.0) -> Bool[Array, " rows"]:
@@ -101,12 +114,13 @@ def _add(new, buffer: ShuffleBuffer) -> ShuffleBuffer:
     kept = jnp.sum(keep.astype(jnp.int32))
     size = jnp.minimum(buffer.size + kept, buffer.capacity)
     return ShuffleBuffer(
-        rows=buffer.rows.at[place].set(rows.astype(buffer.rows.dtype), mode="drop"),
+        bits=buffer.bits.at[place].set(_bits(rows.astype(buffer.dtype)), mode="drop"),
         source=buffer.source.at[place].set(buffer.adds, mode="drop"),
         size=size,
         adds=buffer.adds + 1,
         dropped=buffer.dropped + buffer.size + kept - size,
         key=buffer.key,
+        dtype=buffer.dtype,
     )
 
 
@@ -122,13 +136,18 @@ def _draw(wanted: int, buffer: ShuffleBuffer) -> tuple[ShuffleBuffer, Array, Arr
     gaps = jnp.nonzero(gone & (places < size), size=wanted, fill_value=buffer.capacity)[0]
     tail = ~gone & (places >= size) & (places < buffer.size)
     movers = jnp.nonzero(tail, size=wanted, fill_value=0)[0]
-    rows, source = buffer.rows[chosen], buffer.source[chosen]
+    rows, source = lax.bitcast_convert_type(buffer.bits[chosen], buffer.dtype), buffer.source[chosen]
     moved = ShuffleBuffer(
-        rows=buffer.rows.at[gaps].set(lax.optimization_barrier(buffer.rows[movers]), mode="drop"),
+        bits=buffer.bits.at[gaps].set(lax.optimization_barrier(buffer.bits[movers]), mode="drop"),
         source=buffer.source.at[gaps].set(buffer.source[movers], mode="drop"),
         size=size,
         adds=buffer.adds,
         dropped=buffer.dropped,
         key=key,
+        dtype=buffer.dtype,
     )
     return moved, rows, source
+
+
+def _bits(rows: Array) -> Array:
+    return lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize == 2 else rows

@@ -16,7 +16,7 @@ from sae.errors import InputError
 
 SAFETENSORS_DTYPES = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64",
-    "U32": "uint32", "U8": "uint8", "BOOL": "bool",
+    "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 MAX_JSON_BYTES = 2**30  # a sidecar holds texts, never gigabytes of them
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sae.abstract import AbstractSAE
 from sae.errors import InputError
@@ -83,23 +83,36 @@ def hyper(module: AbstractSAE, config: TrainConfig, k: float | None = None) -> H
 
 def run(
     state: TrainState,
-    x: Float[Array, "steps *members batch d_model"],
+    x: Float[Array, "steps *sites batch d_model"],
     config: TrainConfig,
-    y: Float[Array, "steps *members batch d_out"] | None = None,
+    y: Float[Array, "steps *sites batch d_out"] | None = None,
     at_once: int | None = None,
+    sites: Int[Array, "*members 2"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One compiled call of x.shape[0] steps; `state` is donated.
 
-    Of a stack all members see the same batches, or each its own if x has a members axis. `at_once` of them train in
-    one vmap: all on an accelerator; on CPU one after another, where a batched gather is slower than single ones.
+    Of a stack all members see the same batches. With a sites axis member i reads x[:, sites[i, 0]] and writes
+    y[:, sites[i, 1]] (x's where there is no y), or without `sites` its own number of both. `at_once` of them train
+    in one vmap: all on an accelerator; on CPU one after another, where a batched gather is slower than single ones.
     """
-    return _run((config, x, y, at_once), state)
+    if x.ndim == 4 and sites is None:
+        sites = jnp.stack([jnp.arange(x.shape[1], dtype=jnp.int32)] * 2, axis=-1)
+    if sites is not None and (x.ndim != 4 or sites.shape != (*state.step.shape, 2)):
+        found = f"shape {sites.shape} with x of {x.ndim} axes"
+        raise InputError(
+            f"sites: found {found}, expected {(*state.step.shape, 2)} and x of steps, sites, batch, d_model"
+        )
+    return _run((config, x, y, sites, at_once), state)
 
 
 def fit(
-    state: TrainState, batches: Iterable[Any], config: TrainConfig, at_once: int | None = None
+    state: TrainState,
+    batches: Iterable[Any],
+    config: TrainConfig,
+    at_once: int | None = None,
+    sites: Int[Array, "*members 2"] | None = None,
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    """Train over an iterator of device arrays: `batch d_model` or `steps batch d_model`, or pairs (x, y) of them.
+    """Train over an iterator of device arrays: `batch d_model` or `steps *sites batch d_model`, or pairs (x, y) of them.
 
     Yields after every item; the state yielded before is then gone (donated). Raises NotFinite at the first bad step.
     """
@@ -107,7 +120,7 @@ def fit(
         x, y = item if isinstance(item, tuple) else (item, None)
         if x.ndim == 2:
             x, y = x[None], None if y is None else y[None]
-        state, metrics = run(state, x, config, y, at_once)
+        state, metrics = run(state, x, config, y, at_once, sites)
         if int(jnp.max(state.bad_step)) >= 0:
             raise NotFinite(state)
         yield state, metrics
@@ -150,25 +163,22 @@ def geometric_median(rows: Float[Array, "rows width"], iterations: int = 64) -> 
 
 @eqx.filter_jit(donate="all-except-first")
 def _run(data, state: TrainState) -> tuple[TrainState, Metrics]:
-    config, x, y, at_once = data
+    config, x, y, sites, at_once = data
 
-    def member(state, x, y):
+    def member(state, site):
         def turn(state, batch):
-            return step(state, batch[0], batch[0] if y is None else batch[1], config)
+            read, write = batch[0], batch[-1]
+            if site is not None:
+                read, write = read[site[0]], write[site[1]]
+            return step(state, read, write, config)
 
         return lax.scan(turn, state, (x,) if y is None else (x, y))
 
     if state.step.ndim == 0:
-        return member(state, x, y)
-    own = x.ndim == 4
-    if own:
-        x, y = jnp.moveaxis(x, 1, 0), None if y is None else jnp.moveaxis(y, 1, 0)
-    members = state.step.shape[0]
+        return member(state, sites)
     if at_once is None:
-        at_once = 1 if jax.default_backend() == "cpu" else members
-    if own:
-        return lax.map(lambda s: member(s[0], s[1], s[2]), (state, x, y), batch_size=None if at_once == 1 else at_once)
-    return lax.map(lambda s: member(s, x, y), state, batch_size=None if at_once == 1 else at_once)
+        at_once = 1 if jax.default_backend() == "cpu" else state.step.shape[0]
+    return lax.map(lambda one: member(*one), (state, sites), batch_size=None if at_once == 1 else at_once)
 
 
 def _standardize(rows: Array, config: TrainConfig) -> tuple[Array, Array]:

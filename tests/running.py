@@ -1,8 +1,11 @@
 """Helpers of generation tests, and experiments run as a user runs them."""
 
+import dataclasses
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import arc
 import qwen_eqx
 import tiny
 import tolerances
+import training
 from qwen_eqx import Generation, Qwen
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[5], [9, 8, 7], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]  # one token … exactly a bucket
 NEW = 6
+SMALL = training.Config(
+    limit=6, held_out=2, max_new_tokens=4, d_sae=64, k=4, steps=8, batch_size=64, steps_per_call=2, checkpoint_every=4,
+    max_prompt=512, buffer_rows=8192,
+)  # fmt: skip
 
 
 def run_experiment(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,3 +84,21 @@ def assert_same(found: Generation, expected: Generation, rows: list[int] | None 
             assert ours.tobytes() == theirs.tobytes()
         else:
             np.testing.assert_allclose(ours, theirs, **tolerances.SAME_F32)
+
+
+def run(script: Any, config: Any) -> str:
+    """What an experiment prints, run in this process: its compilations serve the next."""
+    with redirect_stdout(io.StringIO()) as said:
+        script.main(config)
+    return said.getvalue()
+
+
+def small(out: Path, **fields: Any) -> training.Config:
+    return dataclasses.replace(SMALL, out=out, **fields)
+
+
+def short_tasks(where: Path) -> Path:
+    """Three tasks whose prompts need no cutting."""
+    tasks = sorted(arc.load_tasks("arc-agi-1/training"), key=lambda task: sum(p.input.size for p in task.train))[:3]
+    arc.write_tasks(where / "tasks.json", tasks)
+    return where / "tasks.json"

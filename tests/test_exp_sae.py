@@ -1,7 +1,6 @@
 """The SAE experiments as a user runs them: small runs end to end, resumed, stopped and refused; cells found in prompts."""
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import cli
 import evaluate_sae
 import extract
 import pages
+import places
 import qwen_eqx
 import sae
 import splicing
@@ -35,25 +34,10 @@ import steer
 import tolerances
 import train_sae
 import training
-from running import ROOT, run_experiment
+from running import ROOT, run, run_experiment, short_tasks, small
 from sae import metrics
 
-SMALL = training.Config(
-    limit=6, held_out=2, max_new_tokens=4, d_sae=64, k=4, steps=8, batch_size=64, steps_per_call=2, checkpoint_every=4,
-    max_prompt=512, buffer_rows=8192,
-)  # fmt: skip
 WEIGHTS = "sae/sae_weights.safetensors"
-
-
-def run(script: Any, config: Any) -> str:
-    """What an experiment prints, run in this process: its compilations serve the next."""
-    with redirect_stdout(io.StringIO()) as said:
-        script.main(config)
-    return said.getvalue()
-
-
-def small(out: Path, **fields: Any) -> training.Config:
-    return dataclasses.replace(SMALL, out=out, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +128,17 @@ def test_live_equals_replay(tmp_path: Path):
     assert (tmp_path / "live" / WEIGHTS).read_bytes() == (tmp_path / "replay" / WEIGHTS).read_bytes()
 
 
-def short_tasks(where: Path) -> Path:
-    """Three tasks whose prompts need no cutting."""
-    tasks = sorted(arc.load_tasks("arc-agi-1/training"), key=lambda task: sum(p.input.size for p in task.train))[:3]
-    arc.write_tasks(where / "tasks.json", tasks)
-    return where / "tasks.json"
+def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: Path, tmp_path: Path, monkeypatch):
+    whole, held = training.buffer.ShuffleBuffer.init, []
+
+    def wide(**options):
+        held.append(options.pop("dtype"))
+        return whole(**options, dtype=jnp.float32)
+
+    monkeypatch.setattr(training.buffer.ShuffleBuffer, "init", wide)
+    run(train_sae, small(tmp_path))
+    assert set(held) == {jnp.dtype(jnp.bfloat16)}
+    assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
@@ -170,13 +160,15 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
 
 
 def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
-    foreign = sae.BatchTopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
-    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post"})
+    foreign = sae.BatchTopK.init(d_model=144, d_sae=32, k=4, key=jax.random.key(0))  # at a site of another width
+    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
     run(evaluate_sae, dataclasses.replace(config, max_tokens=512, out=tmp_path / "out"))
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
-    assert (tmp_path / "out" / "fvu_l0.svg").stat().st_size < 60_000
+    picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
+    assert len(picture) < 60_000
+    assert "batchtopk, blocks.1.mlp.hook_post" in picture
 
 
 @pytest.mark.parametrize("mode", ["add", "clamp"])
@@ -199,6 +191,13 @@ BAD = [
     ({"held_out": 6, "limit": 6}, "--held-out"),
     ({"buffer_rows": 100}, "--buffer-rows"),
     ({"layer": 1, "site": "blocks.1.hook_resid_post"}, "--layer, --site"),
+    ({"layer": 1, "target_site": "blocks.1.hook_resid_mid"}, "computes before blocks.1.hook_resid_post"),
+    ({"site": "blocks.1.hook_mlp_out", "target_site": "model.layers.1.mlp"}, "the site that is read"),
+    ({"site": "blocks.0.hook_mlp_out:blocks.1.hook_mlp_out", "target_site": "blocks.2.hook_mlp_out"}, "two targets"),
+    ({"site": "blocks.1.attn.hook_z"}, "run_with_capture"),
+    ({"sweep": ("layer=1", "site=blocks.1.hook_mlp_out")}, "--layer, --site"),
+    ({"sweep": ("site=model.layers.1,blocks.1.hook_resid_post",)}, "twice"),
+    ({"sweep": ("site=blocks.1.hook_resid_mid,blocks.1.hook_resid_mid:blocks.1.hook_mlp_out",)}, "one kind"),
     ({"layer": 9}, "blocks.9"),
     ({"source": "store", "store": Path("nowhere")}, "nowhere"),
     ({"max_prompt": 3}, "no prompt"),
@@ -268,7 +267,7 @@ def test_what_splicing_costs_agrees_with_the_library():
         return model.run_with_capture(jnp.asarray(tokens), [], edits=[qwen_eqx.Replace(edit, site=site)])[0][:-1]
 
     expected = metrics.recovered(logits, module, jnp.asarray(tokens[1:]))
-    found = splicing.recovered(model, module, [tokens], site)
+    found = splicing.recovered(model, module, [tokens], places.Place(site, site))
     assert found.pop("identity") == 0.0
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, err_msg=name, **tolerances.SAME_F32)

@@ -97,14 +97,14 @@ def test_every_flag_says_what_it_is_for(name: str, capsys: pytest.CaptureFixture
     runs = [call for call in ast.walk(source) if isinstance(call, ast.Call) and ast.unparse(call.func) == "cli.run"]
     assert len(runs) == 1
     config = ast.unparse(runs[0].args[1])
-    defined = ast.parse(inspect.getsource(getattr(import_module(name), config))).body[0]
-    assert isinstance(defined, ast.ClassDef)
-    body = defined.body
-    for field, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign):
-            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            assert said, f"{name}.{config}.{ast.unparse(field.target)}: expected a sentence under it"
-            assert field.value is not None, f"{name}.{config}.{ast.unparse(field.target)}: expected a default"
+    for kind in getattr(import_module(name), config).__mro__[:-1]:  # flags that scripts share stand in a base
+        defined = ast.parse(inspect.getsource(kind)).body[0]
+        assert isinstance(defined, ast.ClassDef)
+        for field, after in zip(defined.body, [*defined.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert said, f"{name}.{config}.{ast.unparse(field.target)}: expected a sentence under it"
+                assert field.value is not None, f"{name}.{config}.{ast.unparse(field.target)}: expected a default"
     with pytest.raises(SystemExit) as done:
         tyro.cli(getattr(import_module(name), config), args=["--help"])
     assert done.value.code == 0

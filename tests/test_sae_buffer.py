@@ -46,3 +46,20 @@ def test_mixing():
     _, rows, source = store.draw_with_source(steps=8, batch=64)
     np.testing.assert_array_equal(rows[..., 0], source)
     assert float(buffer.mixing(source)) > 0.95
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_rows_of_several_sites_come_out_as_they_went_in(dtype):
+    """The same rows in the same order as a float32 buffer gives, in half the bytes."""
+    rows = jax.random.normal(jax.random.key(1), (48, 2, 3)).astype(dtype)
+    half, whole = (
+        buffer.ShuffleBuffer.init(capacity=40, d_model=3, sites=2, key=jax.random.key(0), dtype=kind)
+        for kind in (dtype, jnp.float32)
+    )
+    for part in (rows[:30], rows[30:]):
+        half, whole = half.add(part), whole.add(part.astype(jnp.float32))
+        (half, ours), (whole, theirs) = half.draw(steps=3, batch=4), whole.draw(steps=3, batch=4)
+        assert ours.dtype == half.rows.dtype == dtype
+        assert ours.shape == (3, 4, 2, 3)
+        np.testing.assert_array_equal(ours.astype(jnp.float32), theirs)
+    assert 2 * half.bits.nbytes == whole.bits.nbytes

@@ -83,6 +83,23 @@ def test_a_sweep_equals_separate_runs():
                 np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
+def test_members_read_and_write_the_sites_they_are_told():
+    """A sweep over places, transcoders too, equals separate runs on those places' rows."""
+    config = train.TrainConfig(steps=100)
+    places = jax.random.normal(jax.random.key(7), (6, 3, 32, 8))
+    sites = jnp.asarray([[0, 2], [2, 1]], jnp.int32)
+    module = sae.BatchTopK.init(d_model=8, d_sae=16, k=3, key=jax.random.key(0), d_out=8)
+    states = [train.init(module, config, places[0, a], places[0, b]) for a, b in sites.tolist()]
+    swept, _ = train.run(train.stack(states), places, config, at_once=1, sites=sites)
+    for state, found, (a, b) in zip(states, train.unstack(swept), sites.tolist(), strict=True):
+        alone, _ = train.run(jax.tree.map(jnp.copy, state), places[:, a], config, places[:, b])
+        same(alone, found)
+        one, _ = train.run(jax.tree.map(jnp.copy, state), places, config, sites=jnp.asarray([a, b], jnp.int32))
+        same(alone, one)
+    with pytest.raises(InputError, match="sites: found"):
+        train.run(states[0], places, config, sites=sites)
+
+
 def test_nan_stops_names_the_step_and_keeps_the_last_good_state():
     state, config = start()
     good, _ = train.run(jax.tree.map(jnp.copy, state), X[:3], config)
