@@ -23,7 +23,8 @@ class AbstractSAE(eqx.Module):
     b_dec: AbstractVar[Float[Array, " d_out"]]
     apply_b_dec_to_input: AbstractVar[bool]
     in_latent_units: ClassVar[tuple[str, ...]]  # the fields that scale as z does
-    unit_norm: ClassVar[bool]  # training keeps ‖decoder_j‖ = 1
+    unit_norm: ClassVar[bool]  # a trained module has ‖decoder_j‖ = 1
+    free_norm: ClassVar[bool] = False  # while training, rows grow freely unless TrainConfig.free_norm says otherwise
     exactly_k: ClassVar[bool] = False  # no sample ever fires more than k latents
 
     @property
@@ -113,6 +114,20 @@ class AbstractSAE(eqx.Module):
         names = (*self.in_latent_units, "decoder", "b_dec")
         return eqx.tree_at(lambda m: [getattr(m, name) for name in names], self, new)
 
+    def lengthened(self, by: Float[Array, " d_sae"]) -> "AbstractSAE":
+        """z_j times by_j > 0 and decoder_j over it: the same x̂, if the same latents fire."""
+        names = [name for name in self.in_latent_units if getattr(self, name).ndim == self.b_enc.ndim]
+        new = [self.encoder * by[:, None], self.decoder / by[:, None], *(getattr(self, name) * by for name in names)]
+        return eqx.tree_at(lambda m: [getattr(m, name) for name in ("encoder", "decoder", *names)], self, new)
+
+    def unit_rows(self) -> "AbstractSAE":
+        """‖decoder_j‖ = 1, so that z_j is the length of what latent j writes."""
+        return self.lengthened(_lengths(self.decoder))
+
+    def balanced(self) -> "AbstractSAE":
+        """‖encoder_j‖ = ‖decoder_j‖, their product kept."""
+        return self.lengthened(jnp.sqrt(_lengths(self.decoder) / _lengths(self.encoder)))
+
 
 def add_bias(x: Float[Array, "*batch width"], bias: Float[Array, " width"]) -> Float[Array, "*batch width"]:
     return x + jnp.expand_dims(bias, range(x.ndim - 1))
@@ -128,7 +143,7 @@ def initial(
 ) -> dict[str, Array]:
     """Unit decoder rows in random directions, the encoder their copy (Gao et al. 2024, Appendix A.1), zero biases.
 
-    Where every sample chooses its latents alone, `encoder_norm` 0.3 forgets the random start sooner; where the batch
+    Where every sample chooses its latents alone, a short encoder forgets the random start sooner; where the batch
     chooses, it lets the latents that grow first starve the others (measured on SynthSAEBench, docs/LOG.md).
     """
     for name, size in {"d_model": d_model, "d_sae": d_sae, "d_out": d_out}.items():
@@ -145,6 +160,11 @@ def initial(
 
 def unknown_threshold() -> Float[Array, ""]:
     return jnp.array(-1.0, jnp.float32)
+
+
+def _lengths(matrix: Float[Array, "rows width"]) -> Float[Array, " rows"]:
+    square = jnp.sum(jnp.square(matrix), axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)  # a row of zeros has no direction
 
 
 def _unit_rows(matrix: Float[Array, "rows width"]) -> Float[Array, "rows width"]:

@@ -50,12 +50,13 @@ class TopK(AbstractSAE):
     apply_b_dec_to_input: bool = eqx.field(static=True, default=True)
     in_latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     unit_norm: ClassVar[bool] = True
+    free_norm: ClassVar[bool] = True
     exactly_k: ClassVar[bool] = True
 
     @classmethod
     def init(cls, *, d_model: int, d_sae: int, k: int, key: PRNGKeyArray, d_out: int | None = None) -> "TopK":
         check_k(k, d_sae)
-        return cls(**initial(d_model, d_sae, d_out, key, 0.3), k=k, apply_b_dec_to_input=d_out is None)
+        return cls(**initial(d_model, d_sae, d_out, key, 0.01), k=k, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
         values, indices = lax.top_k(pre, self.k)

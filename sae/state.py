@@ -37,6 +37,7 @@ class TrainConfig:
     average_decay: float | None = None  # exponential average of the weights, which `finish` then returns
     centre: bool = True  # subtract the sample's mean
     rescale: bool = True  # to mean square norm 1
+    free_norm: bool | None = None  # decoder rows of any length, not of 1 (the form's choice if not said)
     bias_start: Literal["zero", "median"] = "zero"  # of b_dec: the mean (after centring) or the geometric median
 
     def __post_init__(self) -> None:
@@ -48,11 +49,15 @@ class TrainConfig:
             found = f"{self.warmup_steps} + {self.decay_steps}"
             raise InputError(f"warmup_steps + decay_steps: found {found}, expected at most steps={self.steps}")
 
+    def frees(self, module: AbstractSAE) -> bool:
+        """Whether the decoder's rows may have any length while this module trains."""
+        return module.unit_norm and (module.free_norm if self.free_norm is None else self.free_norm)
+
 
 class TrainState(eqx.Module):
     """All that changes while training; with a leading axis on every leaf, the members of a sweep."""
 
-    module: AbstractSAE  # on centred, rescaled activations
+    module: AbstractSAE  # on centred, rescaled activations; of free rows, `unit_rows` is what is meant
     average: AbstractSAE | None
     optimizer: optax.OptState
     hyper: Hyper

@@ -65,12 +65,18 @@ def _gradient(
     since_fired: Int32[Array, " d_sae"],
     config: TrainConfig,
 ) -> tuple[Outcome, AbstractSAE]:
-    """The gradient by the cheapest exact path: sparse; sparse with AuxK where latents are dead; dense."""
+    """The gradient by the cheapest exact path: sparse; sparse with AuxK where latents are dead; dense.
+
+    Free rows are a parametrization of unit ones, (‖d_j‖ e_j, d_j / ‖d_j‖): a latent turns at a rate inverse to its
+    length, so short new ones turn fast and those that fire often settle.
+    """
+    free = config.frees(module)
     dtype = jnp.dtype(config.product_dtype)
     k_aux = min(max(1, x.shape[-1] // 2) if config.k_aux is None else config.k_aux, module.d_sae)
 
     def evaluate(objective, aux: bool):
         def total(module):
+            module = module.unit_rows() if free else module
             loss, (outcome, residual) = objective(module)
             if aux:
                 extra = objectives.aux_objective(module, x, residual, since_fired, config.dead_after, k_aux)
@@ -86,7 +92,8 @@ def _gradient(
     if not isinstance(module, objectives.TOP_K_FORMS):
         return evaluate(dense, False)
     slots = module.k if isinstance(module, TopK) else min(module.d_sae, config.slots * module.k)
-    chosen = lax.stop_gradient(objectives.select(module, x, numbers, dtype, slots))
+    meant = module.unit_rows() if free else module
+    chosen = lax.stop_gradient(objectives.select(meant, x, numbers, dtype, slots))
 
     def sparse(module):
         return objectives.sparse_objective(module, x, y, chosen)
@@ -119,7 +126,8 @@ def _update(
 ) -> tuple[AbstractSAE, optax.OptState]:
     """Adam; where the step is not good every leaf stays bit for bit, without another pass over memory."""
     module = state.module
-    if module.unit_norm:  # the part along the decoder would only be undone by the normalization
+    on_sphere = module.unit_norm and not config.frees(module)
+    if on_sphere:  # the part along the decoder would only be undone by the normalization
         along = jnp.sum(gradient.decoder * module.decoder, axis=-1, keepdims=True)
         gradient = eqx.tree_at(lambda g: g.decoder, gradient, gradient.decoder - along * module.decoder)
     if config.clip_norm is not None:
@@ -131,7 +139,7 @@ def _update(
     optimizer = jax.tree.map(lambda new, old: jnp.where(good, new, old), optimizer, state.optimizer)
     rate = jnp.where(good, state.hyper.learning_rate * _schedule(state.step, config), 0.0)
     module = jax.tree.map(lambda p, d: p - rate * d, module, direction)
-    if module.unit_norm:
+    if on_sphere:
         norm = jnp.linalg.norm(module.decoder, axis=-1, keepdims=True)
         shrink = jnp.where(good, 1.0 / jnp.maximum(norm, 1e-12), 1.0)
         module = eqx.tree_at(lambda m: m.decoder, module, module.decoder * shrink)

@@ -53,6 +53,7 @@ def init(
     """A state whose centring and scale come from `sample` (and `target`, what a transcoder writes)."""
     if target is None and module.d_out != module.d_model:
         raise InputError(f"target: found none, expected rows of d_out={module.d_out} for a transcoder")
+    module = module.balanced() if config.frees(module) else module
     mean, scale = _standardize(sample, config)
     mean_out, scale_out = (mean, scale) if target is None else _standardize(target, config)
     if config.bias_start == "median":
@@ -127,12 +128,9 @@ def fit(
 
 
 def finish(state: TrainState) -> AbstractSAE:
-    """The trained module for raw activations: the average if one is kept, with centring and scale folded in."""
-    module = state.module
-    if state.average is not None:
-        module = state.average
-        if module.unit_norm:
-            module = eqx.tree_at(lambda m: m.decoder, module, _unit(module.decoder))
+    """The trained module for raw activations: the average if one is kept, rows of length 1, centring and scale in it."""
+    module = state.module if state.average is None else state.average
+    module = module.unit_rows() if module.unit_norm else module
     if isinstance(module, TopK | BatchTopK | Matryoshka) and int(state.hyper.k) < module.k:
         module = dataclasses.replace(module, k=int(state.hyper.k))
     return module.fold(state.scale, state.mean, state.scale_out, state.mean_out)
@@ -187,7 +185,3 @@ def _standardize(rows: Array, config: TrainConfig) -> tuple[Array, Array]:
     square = jnp.mean(jnp.sum(jnp.square(rows - mean[None]), axis=-1))
     scale = jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1.0)), 1.0)
     return mean, scale if config.rescale else jnp.float32(1)
-
-
-def _unit(matrix: Array) -> Array:
-    return matrix / jnp.maximum(jnp.linalg.norm(matrix, axis=-1, keepdims=True), 1e-12)

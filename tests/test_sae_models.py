@@ -1,5 +1,7 @@
 """Every form: sparse equals dense, its rule holds, folding changes nothing but units; sparse products against dense."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,23 @@ def test_sparse_and_dense_agree_and_fold_keeps_the_function(form, d_out):
     inner = scale * (x - mean[None, None])
     np.testing.assert_allclose(folded(x), module(inner) / scale_out + mean_out[None, None], atol=1e-5)
     np.testing.assert_allclose(folded.encode(x), module.encode(inner) / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["relu", "jumprelu", "gated"])
+def test_length_moves_between_a_latent_and_its_row(form):
+    module, x = make(form), jax.random.normal(jax.random.key(1), (5, 8))
+    lengths = jnp.exp(jax.random.normal(jax.random.key(2), (16,)))
+    module = dataclasses.replace(module, b_enc=jax.random.normal(jax.random.key(3), (16,)) / 4)
+    longer = module.lengthened(lengths)
+    np.testing.assert_allclose(longer.encode(x), module.encode(x) * lengths[None], rtol=1e-4, atol=1e-5)
+    for same in (longer, longer.unit_rows(), longer.balanced()):
+        np.testing.assert_allclose(same(x), module(x), atol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(longer.unit_rows().decoder, axis=-1), 1, rtol=1e-5)
+    balanced = longer.balanced()
+    read, write = (jnp.linalg.norm(matrix, axis=-1) for matrix in (balanced.encoder, balanced.decoder))
+    np.testing.assert_allclose(read, write, rtol=1e-5)
+    empty = dataclasses.replace(module, decoder=module.decoder.at[0].set(0.0))
+    assert np.isfinite(np.asarray(empty.balanced().unit_rows().encoder)).all()
 
 
 def test_k_rules():

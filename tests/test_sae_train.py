@@ -39,9 +39,26 @@ def test_every_form_learns_in_bfloat16(form):
     state, metrics = train.run(state, many, config)
     assert float(metrics.loss[-6:].mean()) < float(metrics.loss[:6].mean())
     assert int(state.step) == 60
+    finished = train.finish(state)
     if state.module.unit_norm:
-        np.testing.assert_allclose(jnp.linalg.norm(state.module.decoder, axis=-1), 1, rtol=1e-5)
-    assert np.isfinite(np.asarray(train.finish(state)(X[0]))).all()
+        meant = finished if config.frees(state.module) else state.module
+        np.testing.assert_allclose(jnp.linalg.norm(meant.decoder, axis=-1), 1, rtol=1e-5)
+    assert np.isfinite(np.asarray(finished(X[0]))).all()
+
+
+@pytest.mark.parametrize("form", ["topk", "batchtopk", "jumprelu"])
+def test_free_rows_of_any_length_mean_the_same(form):
+    """The loss, what fires and the finished module see only ‖d_j‖ e_j and d_j / ‖d_j‖; the rows do change length."""
+    state, config = start(form, free_norm=True, sparsity=0.01, bandwidth=2.0)
+    lengths = jnp.exp(jax.random.normal(jax.random.key(4), (16,)))
+    other = eqx.tree_at(lambda s: s.module, state, state.module.lengthened(lengths))
+    take = eqx.filter_jit(lambda state: step.step(state, X[0], X[0], config))
+    (after, found), (_, expected) = take(state), take(other)
+    for left, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4)
+    np.testing.assert_allclose(train.finish(state)(X[0]), train.finish(other)(X[0]), atol=1e-5)
+    before, grown = (jnp.linalg.norm(s.module.decoder, axis=-1) for s in (state, after))
+    assert float(jnp.abs(grown - before).max()) > 1e-3
 
 
 @pytest.mark.parametrize("form", K_FORMS)
