@@ -174,17 +174,17 @@ def test_all_dead_and_nothing_dead_stay_finite(dead):
     assert np.isfinite(np.asarray(metrics.loss)).all()
 
 
-def test_zero_variance_input_and_batch_smaller_than_k():
+@pytest.mark.parametrize("form", sae.FORMS)
+def test_zero_variance_input_and_batch_smaller_than_k(form):
     config = train.TrainConfig(steps=10)
-    for form in sae.FORMS:
-        extra = {"k": 5} if form in K_FORMS else {}
-        if form == "matryoshka":
-            extra["widths"] = (3, 6)
-        module = sae.FORMS[form].init(d_model=8, d_sae=6, key=jax.random.key(0), **extra)
-        state = train.init(module, config, jnp.ones((2, 8)))
-        state, metrics = train.run(state, jnp.ones((2, 3, 8)), config)
-        assert np.isfinite(np.asarray(metrics.loss)).all()
-        assert (np.asarray(metrics.fvu) == 0).all()
+    extra = {"k": 5} if form in K_FORMS else {}
+    if form == "matryoshka":
+        extra["widths"] = (3, 6)
+    module = sae.FORMS[form].init(d_model=8, d_sae=6, key=jax.random.key(0), **extra)
+    state = train.init(module, config, jnp.ones((2, 8)))
+    state, metrics = train.run(state, jnp.ones((2, 3, 8)), config)
+    assert np.isfinite(np.asarray(metrics.loss)).all()
+    assert (np.asarray(metrics.fvu) == 0).all()
 
 
 def test_live_equals_replay():
