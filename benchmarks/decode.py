@@ -29,6 +29,10 @@ class Config:
     """Timings of which the median is shown."""
     peer_python: Path | None = None
     """A Python with torch and transformers, to be measured in the same run."""
+    llama_bench: Path | None = None
+    """llama.cpp's `llama-bench`, to be measured in the same run."""
+    gguf: Path | None = None
+    """The same model for it."""
 
 
 def main(config: Config) -> None:
@@ -48,8 +52,9 @@ def main(config: Config) -> None:
             peer = theirs["rows"][number]["step_ms"] if theirs else None
             rows.append([dtype, batch, *figures(step, products, peer, measure.weight_bytes(model), limits)])
         del model
+    llama = measure.llama(config.llama_bench, config.gguf, prompts=[], new=config.steps)
     measure.heading("Decoding", f"{config.shape}, prompt {config.prompt}")
-    print(f"{limits}. GB/s counts the weights alone, and so does the floor. Peer: {versions}.\n")
+    print(f"{limits}. GB/s counts the weights alone, and so does the floor. Peer: {versions}. {llama}")
     columns = ["dtype", "batch", "ms/step", "tok/s·row", "GB/s", "of bandwidth", "floor ms", "× floor"]
     measure.table([*columns, "products ms", "× products", "transformers ms", "× transformers"], rows)
 

@@ -171,6 +171,30 @@ def peer(python: Path | None, config: QwenConfig, **ask: Any) -> dict[str, Any] 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def llama(bench: Path | None, gguf: Path | None, *, prompts: Sequence[int], new: int) -> str:
+    """A paragraph with the tokens per second that llama.cpp's `llama-bench` measures of a model file at batch 1.
+
+    It is asked for `-o json`: one object a test, with `n_prompt`, `n_gen` and `avg_ts` (tools/llama-bench/README.md).
+    """
+    if bench is None or gguf is None:
+        return "llama.cpp: not asked for (--llama-bench, --gguf).\n"
+    asked = ["-p", ",".join(map(str, prompts)) or "0", "-n", str(new)]
+    command = [str(bench), "-m", str(gguf), "-t", str(os.cpu_count()), "-o", "json", *asked]
+    say(" ".join(command))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise InputError(f"llama-bench: {bench} cannot be run: {error.strerror}") from None
+    try:
+        found = json.loads(done.stdout)
+        tests = [f"prompt of {each['n_prompt']}" if each["n_prompt"] else f"decoding {each['n_gen']}" for each in found]
+        rates = [f"{test}: {each['avg_ts']:,.1f}" for test, each in zip(tests, found, strict=True)]
+        return f"llama.cpp {found[0]['build_commit']}, {found[0]['model_type']}, tokens/s: {'; '.join(rates)}.\n"
+    except (ValueError, TypeError, KeyError, IndexError):
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"llama-bench: {bench} printed no tests as JSON; it said: {said}") from None
+
+
 def heading(title: str, shape: str) -> None:
     """Title and provenance: command, commit, device, versions, date."""
     here = Path(__file__).parent

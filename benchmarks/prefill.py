@@ -23,6 +23,10 @@ class Config:
     """Timings of which the median is shown."""
     peer_python: Path | None = None
     """A Python with torch and transformers, to be measured in the same run."""
+    llama_bench: Path | None = None
+    """llama.cpp's `llama-bench`, to be measured in the same run."""
+    gguf: Path | None = None
+    """The same model for it."""
 
 
 def main(config: Config) -> None:
@@ -44,8 +48,9 @@ def main(config: Config) -> None:
             row += [None if peer is None else f"{config.batch * width / peer:,.0f}", measure.ratio(taken, peer)]
             rows.append(row)
         del model
+    llama = measure.llama(config.llama_bench, config.gguf, prompts=config.prompts, new=0)
     measure.heading("Prefill", f"{config.shape}, chunks of 512 beyond that")
-    print(f"{limits}. Peer: {versions}.\n")
+    print(f"{limits}. Peer: {versions}. {llama}")
     columns = ["dtype", "batch", "prompt", "ms", "tok/s", "GFLOP/s", "of matrix rate", "transformers tok/s"]
     measure.table([*columns, "× transformers' time"], rows)
 

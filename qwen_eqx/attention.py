@@ -62,7 +62,7 @@ def blockwise(
     def step(i: Int[Array, ""], carry: Folded) -> Folded:
         # without the barrier XLA:CPU makes float32 copies of all keys and values before the loop
         of_k, of_v, of_mask, i = jax.lax.optimization_barrier((k, v, mask, i))
-        of_k, of_v = (jax.lax.dynamic_slice_in_dim(all, i * block, block, axis=2) for all in (of_k, of_v))
+        of_k, of_v = (jax.lax.dynamic_slice_in_dim(part, i * block, block, axis=2) for part in (of_k, of_v))
         of_mask = jax.lax.dynamic_slice_in_dim(of_mask, i * block, block, axis=3)
         return jax.lax.cond(of_mask.any(), lambda: fold(carry, of_k, of_v, of_mask), lambda: carry)
 

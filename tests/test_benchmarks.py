@@ -1,5 +1,6 @@
 """Every benchmark runs on a tiny shape and prints its table; no time is asserted."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,3 +53,21 @@ def test_a_peer_that_cannot_run_is_one_line(tmp_path: Path):
     done = run("prefill", "--shape", "tiny", "--prompts", "20", "--peer-python", str(tmp_path / "python"))
     assert done.returncode == 2
     assert "peer-python" in done.stderr.strip().splitlines()[-1]
+
+
+def test_llama_cpp_is_asked_and_shown(tmp_path: Path):
+    """A stand-in that prints what `llama-bench -o json` prints, and its arguments where they are seen."""
+    bench, said = tmp_path / "llama-bench", tmp_path / "arguments"
+    tests = [{"build_commit": "abc123", "model_type": "qwen2 1B BF16", "n_prompt": 20, "n_gen": 0, "avg_ts": 1234.56}]
+    bench.write_text(f"#!/bin/sh\necho \"$@\" > {said}\necho '{json.dumps(tests)}'\n")
+    bench.chmod(0o755)
+    flags = ["--shape", "tiny", *RUNS["prefill"], "--llama-bench", str(bench), "--gguf", "model.gguf"]
+    done = run("prefill", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "llama.cpp abc123, qwen2 1B BF16, tokens/s: prompt of 20: 1,234.6." in done.stdout
+    assert said.read_text().startswith("-m model.gguf ")
+    assert "-o json -p 20 -n 0" in said.read_text()
+    bench.write_text("#!/bin/sh\necho no such model >&2\nexit 1\n")
+    done = run("prefill", *flags)
+    assert done.returncode == 2
+    assert "no such model" in done.stderr.strip().splitlines()[-1]
