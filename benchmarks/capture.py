@@ -42,7 +42,9 @@ def main(config: Config) -> None:
             low, middle, high = np.quantile(costs, [0.25, 0.5, 0.75])
             row = [batch, length, f"{1e3 * without:.2f}", f"{1e3 * captured:.2f}", f"{middle:+.1%}"]
             rows.append([*row, f"{low:+.1%} to {high:+.1%}"])
-    measure.heading("Capture", f"{config.shape}, {config.dtype}, {config.layers} layers, prompt {config.prompt}")
+    measure.heading(
+        "Capture", f"{config.shape}, {config.dtype}, {config.layers} layers, prompt {config.prompt}, random weights"
+    )
     measure.table(["batch", "room for tokens", "ms/step without", "ms/step with", "capture costs", "quartiles"], rows)
 
 

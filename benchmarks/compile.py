@@ -49,7 +49,10 @@ def main(config: Config) -> None:
             found = in_a_process(cache)
             rows.append([which, f"{found['trace_s']:.1f}", f"{found['compile_s']:.1f}", f"{found['total_s']:.1f}"])
     title = f"{config.shape}, {config.dtype}, batch {config.batch}, prompt {config.prompt}, "
-    measure.heading("Compilation and memory", f"{title}{config.max_new_tokens} new tokens, {config.layers} layers kept")
+    measure.heading(
+        "Compilation and memory",
+        f"{title}{config.max_new_tokens} new tokens, {config.layers} layers kept, random weights",
+    )
     measure.table(["compilation", "trace and lower s", "compile s", "total s"], rows)
     print()
     print(f"Plan (the formula): {found['plan_bytes'] / 1e6:,.1f} MB of cache and buffers. By the compiler's account:\n")

@@ -53,7 +53,7 @@ def main(config: Config) -> None:
             rows.append([dtype, batch, *figures(step, products, peer, measure.weight_bytes(model), limits)])
         del model
     llama = measure.llama(config.llama_bench, config.gguf, prompts=[], new=config.steps)
-    measure.heading("Decoding", f"{config.shape}, prompt {config.prompt}")
+    measure.heading("Decoding", f"{config.shape}, prompt {config.prompt}, random weights")
     print(f"{limits}. GB/s counts the weights alone, and so does the floor. Peer: {versions}. {llama}")
     columns = ["dtype", "batch", "ms/step", "tok/s·row", "GB/s", "of bandwidth", "floor ms", "× floor"]
     measure.table([*columns, "products ms", "× products", "transformers ms", "× transformers"], rows)

@@ -26,7 +26,6 @@ from qwen_eqx.layers import matmul, normal_weight
 
 TINY = QwenConfig("qwen2", 320, 32, 2, 4, 2, 8, 64, 512, rope_theta=10_000.0, tied=True)  # to see that the script runs
 ConfigT = TypeVar("ConfigT")
-PEER = Path(__file__).with_name("transformers_peer.py")
 
 
 def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
@@ -161,9 +160,14 @@ def peer(python: Path | None, config: QwenConfig, **ask: Any) -> dict[str, Any] 
     if python is None:
         return None
     say(f"transformers, {ask}")
-    asked = json.dumps(ask | {"config": config.to_hf(ask["dtype"])})
+    return ask_peer(python, "transformers_peer.py", ask | {"config": config.to_hf(ask["dtype"])})
+
+
+def ask_peer(python: Path, script: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a script beside this one answers under another Python."""
+    command = [str(python), str(Path(__file__).with_name(script))]
     try:
-        done = subprocess.run([str(python), str(PEER)], input=asked, capture_output=True, text=True)
+        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
     except OSError as error:
         raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
     if done.returncode:
@@ -195,7 +199,7 @@ def llama(bench: Path | None, gguf: Path | None, *, prompts: Sequence[int], new:
         raise InputError(f"llama-bench: {bench} printed no tests as JSON; it said: {said}") from None
 
 
-def heading(title: str, shape: str) -> None:
+def heading(title: str, details: str) -> None:
     """Title and provenance: command, commit, device, versions, date."""
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -203,7 +207,7 @@ def heading(title: str, shape: str) -> None:
     commit = (found.stdout.strip() or "no git") + (" with changes" if changed.stdout.strip() else "")
     device = jax.local_devices()[0]
     kind = _cpu() if device.platform == "cpu" else device.device_kind
-    print(f"\n## {title}\n\n{shape}, random weights. `python {' '.join(sys.argv)}`, commit {commit}, {kind}, "
+    print(f"\n## {title}\n\n{details}. `python {' '.join(sys.argv)}`, commit {commit}, {kind}, "
           f"{os.cpu_count()} CPU cores, jax {jax.__version__}, qwen_eqx from {Path(qwen_eqx.__file__).parent.name}, "
           f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.\n")  # fmt: skip
 

@@ -49,7 +49,7 @@ def main(config: Config) -> None:
             rows.append(row)
         del model
     llama = measure.llama(config.llama_bench, config.gguf, prompts=config.prompts, new=0)
-    measure.heading("Prefill", f"{config.shape}, chunks of 512 beyond that")
+    measure.heading("Prefill", f"{config.shape}, chunks of 512 beyond that, random weights")
     print(f"{limits}. Peer: {versions}. {llama}")
     columns = ["dtype", "batch", "prompt", "ms", "tok/s", "GFLOP/s", "of matrix rate", "transformers tok/s"]
     measure.table([*columns, "× transformers' time"], rows)

@@ -4,12 +4,7 @@ python benchmarks/sae_step.py --peer-python /path/to/python-with-sae-lens (and e
 """
 
 import dataclasses
-import datetime
-import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +15,6 @@ import jax.numpy as jnp
 
 import measure
 import sae
-from qwen_eqx import InputError
 from sae import objectives, train
 
 
@@ -67,7 +61,7 @@ def main(config: Config) -> None:
     peers = peer_seconds(cases, config)
     versions = ", ".join(peer["version"] for peer in peers.values()) or "no peer"
     rate = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
-    heading("One training step", f"Batch {config.batch:,}; {versions}. Matrix rate: {rate}.")
+    measure.heading("One training step", f"Batch {config.batch:,}; {versions}. Matrix rate: {rate}")
     rows = []
     for at, (case, own) in enumerate(zip(cases, ours, strict=True)):
         ideal = 2 * config.batch * case.d_model * case.d_sae / rates[case.dtype]
@@ -147,38 +141,10 @@ def peer_seconds(cases: list[Case], config: Config) -> dict[str, Any]:
     asked = [dataclasses.asdict(case) | {"batch": config.batch} for case in cases]
     for case in asked:
         case["autocast"] = case.pop("dtype") == "bfloat16"
-    found = ask_peer(config.peer_python, {"threads": os.cpu_count(), "cases": asked, "steps": config.calls})
+    found = measure.ask_peer(
+        config.peer_python, "sae_peers.py", {"threads": os.cpu_count(), "cases": asked, "steps": config.calls}
+    )
     return found["libraries"]
-
-
-def ask_peer(python: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """What sae_peers.py answers under another Python."""
-    script = Path(__file__).with_name("sae_peers.py")
-    try:
-        done = subprocess.run([str(python), str(script)], input=json.dumps(asked), capture_output=True, text=True)
-    except OSError as error:
-        raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
-    if done.returncode:
-        raise InputError(f"peer-python: {python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def heading(title: str, details: str) -> None:
-    """Title and provenance: command, commit, device, versions, date."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    commit = found.stdout.strip() or "unknown"
-    device = jax.local_devices()[0]
-    kind = _cpu() if device.platform == "cpu" else device.device_kind
-    command, date = f"python {' '.join(sys.argv)}", f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    place = f"{kind}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
-    print(f"\n## {title}\n\n{details} `{command}`, commit {commit}, {place}, {date}.\n")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from qwen_eqx import InputError, Qwen
 @dataclasses.dataclass(frozen=True)
 class Config:
     shape: str = "tiny"
-    """A preset's name, or `tiny`; the full workload on Qwen2.5-0.5B takes about an hour on two cores."""
+    """A preset's name, or `tiny`; the full workload on Qwen2.5-0.5B takes several minutes on two cores."""
     dtype: str = "bfloat16"
     """Of weights and cache."""
     slots: int = 8
@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     refill = refill_seconds(model, prompts, lengths, config)
     fixed = fixed_seconds(model, prompts, config)
     title = f"{config.shape}, {config.dtype}, {config.slots} slots, {config.prompts} prompts of {config.prompt} tokens"
-    measure.heading("Scheduler", title)
+    measure.heading("Scheduler", f"{title}, random weights")
     mean, p95, most = lengths.mean(), np.percentile(lengths, 95), lengths.max()
     print(f"Answers: mean {mean:.0f} tokens, p95 {p95:.0f}, most {most}, {lengths.sum():,} in all.\n")
     useful = int(lengths.sum())

@@ -22,7 +22,6 @@ import measure
 import sae
 from qwen_eqx import InputError
 from sae import AbstractSAE, metrics, synthetic, train
-from sae_step import ask_peer, heading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def one(shape: Shape, work: Path, config: Config, trainer: Trainer, form: str, s
              "passes": config.passes, "learning_rate": config.learning_rate, "decay_steps": steps // 5, "seed": seed,
              "directory": str(directory)}  # fmt: skip
     assert config.peer_python is not None
-    found = ask_peer(config.peer_python, {"threads": os.cpu_count(), "train": asked})
+    found = measure.ask_peer(config.peer_python, "sae_peers.py", {"threads": os.cpu_count(), "train": asked})
     return {"seconds": found["seconds"], **score(sae.load(directory), work), "versions": found["versions"]}
 
 
@@ -191,11 +190,11 @@ def report(shape: Shape, config: Config, done: list[dict[str, Any]]) -> None:
     done = [run for run in done if (run["passes"], run["learning_rate"]) == (config.passes, config.learning_rate)]
     steps = shape.rows // shape.batch * config.passes
     versions = sorted({run["versions"] for run in done})
-    heading(
+    measure.heading(
         "Features found",
         f"{shape.model.features:,} features in {shape.model.d_model} dimensions, {shape.d_sae:,} latents, k "
         f"{shape.k}; {steps:,} steps of {shape.batch} rows, {config.passes} passes over {shape.rows:,}, learning rate "
-        f"{config.learning_rate:g}, Adam; {shape.held_out:,} rows held out. {'; '.join(versions)}.",
+        f"{config.learning_rate:g}, Adam; {shape.held_out:,} rows held out. {'; '.join(versions)}",
     )
     rows = []
     for form in dict.fromkeys(run["form"] for run in done):
