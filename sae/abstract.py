@@ -25,6 +25,7 @@ class AbstractSAE(eqx.Module):
     in_latent_units: ClassVar[tuple[str, ...]]  # the fields that scale as z does
     unit_norm: ClassVar[bool]  # a trained module has ‖decoder_j‖ = 1
     free_norm: ClassVar[bool] = False  # while training, rows grow freely unless TrainConfig.free_norm says otherwise
+    b2: ClassVar[float] = 0.999  # Adam's memory of squared gradients, unless TrainConfig.b2 says otherwise
     exactly_k: ClassVar[bool] = False  # no sample ever fires more than k latents
 
     @property

@@ -29,9 +29,9 @@ def l1(z: Float[Array, "batch d_sae"], decoder: Float[Array, "d_sae d_out"]) -> 
     return jnp.mean(jnp.einsum("bs,s->b", z, _row_norms(decoder)))
 
 
-def target_l0(found: Float[Array, ""], target: Float[Array, ""]) -> Float[Array, ""]:
-    """(L0 / target − 1)² (Rajamanoharan et al. 2024b, Appendix on a target sparsity)."""
-    return jnp.square(found / target - 1.0)
+def target_l0(found: Float[Array, " batch"], target: Float[Array, ""]) -> Float[Array, ""]:
+    """mean_b (L0_b / target − 1)² (Rajamanoharan et al. 2024b, Appendix on a target sparsity)."""
+    return jnp.mean(jnp.square(found / target - 1.0))
 
 
 @jax.custom_vjp

@@ -145,15 +145,19 @@ class JumpReLU(AbstractSAE):
     apply_b_dec_to_input: bool = eqx.field(static=True, default=True)
     in_latent_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
     unit_norm: ClassVar[bool] = True
+    free_norm: ClassVar[bool] = True
+    b2: ClassVar[float] = 0.99  # thresholds: their gradients shrink a hundredfold as latents fall silent
 
     @classmethod
     def init(
-        cls, *, d_model: int, d_sae: int, key: PRNGKeyArray, threshold: float = 0.01, d_out: int | None = None
+        cls, *, d_model: int, d_sae: int, key: PRNGKeyArray, threshold: float | None = None, d_out: int | None = None
     ) -> "JumpReLU":
+        """`threshold`: of every latent; by default half a standard deviation of π on random inputs of length 1."""
+        parts = initial(d_model, d_sae, d_out, key, 0.01)
+        threshold = 0.005 / d_model**0.5 if threshold is None else threshold
         if not 0 <= threshold < float("inf"):
             raise InputError(f"threshold: found {threshold}, expected a finite number of at least 0")
         thresholds = jnp.full((d_sae,), threshold, jnp.float32)
-        parts = initial(d_model, d_sae, d_out, key, 0.3)
         return cls(**parts, threshold=thresholds, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:

@@ -19,7 +19,7 @@ class Hyper(eqx.Module):
 
     learning_rate: Float32[Array, "*members"]
     sparsity: Float32[Array, "*members"]  # weight of L1 (ReLU, Gated) or of L0 (JumpReLU)
-    target_l0: Float32[Array, "*members"]  # JumpReLU: 0 weighs L0 itself, else its squared relative miss
+    target_l0: Float32[Array, "*members"]  # JumpReLU: 0 weighs L0 itself, else the squared relative miss of each sample
     k: Float32[Array, "*members"]  # TopK, BatchTopK, Matryoshka: latents kept, at most the form's k
     aux: Float32[Array, "*members"]  # weight of the dead latents' loss
     bandwidth: Float32[Array, "*members"]  # JumpReLU: ε of the straight-through estimators
@@ -110,9 +110,9 @@ def dense_objective(
     penalty = jnp.float32(0)
     if isinstance(module, JumpReLU):
         z = losses.jump_relu(pre, module.threshold, hyper.bandwidth)
-        active = jnp.mean(jnp.sum(losses.heaviside(pre, module.threshold, hyper.bandwidth), axis=-1))
+        active = jnp.sum(losses.heaviside(pre, module.threshold, hyper.bandwidth), axis=-1)
         miss = losses.target_l0(active, jnp.where(hyper.target_l0 > 0, hyper.target_l0, 1.0))
-        penalty = hyper.sparsity * jnp.where(hyper.target_l0 > 0, miss, active)
+        penalty = hyper.sparsity * jnp.where(hyper.target_l0 > 0, miss, jnp.mean(active))
     elif isinstance(module, Gated):
         z = module.activate(pre)
         penalty = hyper.sparsity * losses.l1(jax.nn.relu(pre), lax.stop_gradient(module.decoder))

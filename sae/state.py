@@ -22,13 +22,13 @@ class TrainConfig:
     decay_steps: int = 0  # and falls linearly to 0 over the last of them
     sparsity: float = 0.0  # weight of L1 (ReLU, Gated) or L0 (JumpReLU); inputs have mean square norm 1
     sparsity_warmup_steps: int = 0
-    target_l0: float = 0.0  # JumpReLU: penalize (L0/target − 1)² instead of L0
-    bandwidth: float = 0.02  # JumpReLU: ε of the straight-through estimators
+    target_l0: float = 0.0  # JumpReLU: penalize (L0/target − 1)² of each sample instead of L0
+    bandwidth: float = 0.005  # JumpReLU: ε of the straight-through estimators
     aux: float = 1 / 32  # weight of AuxK (Gao et al. 2024, A.2)
     k_aux: int | None = None  # latents that model the error; half of d_model if not said, 0 turns AuxK off
     dead_after: int = 1_000_000  # tokens without firing
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None  # the form's choice if not said: 0.99 for JumpReLU, else 0.999
     eps: float = 1e-8
     clip_norm: float | None = None  # of the whole gradient
     product_dtype: Literal["float32", "bfloat16"] = "float32"  # operands of the dense products; sums are float32
@@ -37,6 +37,7 @@ class TrainConfig:
     average_decay: float | None = None  # exponential average of the weights, which `finish` then returns
     centre: bool = True  # subtract the sample's mean
     rescale: bool = True  # to mean square norm 1
+    bias_rate: float | None = None  # of biases and thresholds, over `learning_rate`; see `step.bias_rate`
     free_norm: bool | None = None  # decoder rows of any length, not of 1 (the form's choice if not said)
     bias_start: Literal["zero", "median"] = "zero"  # of b_dec: the mean (after centring) or the geometric median
 

@@ -68,9 +68,10 @@ def _gradient(
     """The gradient by the cheapest exact path: sparse; sparse with AuxK where latents are dead; dense.
 
     Free rows are a parametrization of unit ones, (‖d_j‖ e_j, d_j / ‖d_j‖): a latent turns at a rate inverse to its
-    length, so short new ones turn fast and those that fire often settle.
+    length, so short new ones turn fast and those that fire often settle. JumpReLU's loss is the same either way, and
+    stays with its own units: a change of length moves π and threshold alike, its estimators see the threshold alone.
     """
-    free = config.frees(module)
+    free = config.frees(module) and not isinstance(module, JumpReLU)
     dtype = jnp.dtype(config.product_dtype)
     k_aux = min(max(1, x.shape[-1] // 2) if config.k_aux is None else config.k_aux, module.d_sae)
 
@@ -135,10 +136,12 @@ def _update(
         gradient = jax.tree.map(lambda g: g * shrink, gradient)
     gradient = jax.tree.map(lambda g: jnp.where(good, g, 0.0), gradient)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
-        direction, optimizer = adam(config).update(eqx.filter(gradient, eqx.is_array), state.optimizer)
+        direction, optimizer = adam(config, module).update(eqx.filter(gradient, eqx.is_array), state.optimizer)
     optimizer = jax.tree.map(lambda new, old: jnp.where(good, new, old), optimizer, state.optimizer)
     rate = jnp.where(good, state.hyper.learning_rate * _schedule(state.step, config), 0.0)
-    module = jax.tree.map(lambda p, d: p - rate * d, module, direction)
+    rates = jax.tree.map(lambda _: rate * bias_rate(module, state.hyper, config), direction)
+    rates = eqx.tree_at(lambda m: (m.encoder, m.decoder), rates, (rate, rate))
+    module = jax.tree.map(lambda p, d, r: p - r * d, module, direction, rates)
     if on_sphere:
         norm = jnp.linalg.norm(module.decoder, axis=-1, keepdims=True)
         shrink = jnp.where(good, 1.0 / jnp.maximum(norm, 1e-12), 1.0)
@@ -148,8 +151,21 @@ def _update(
     return module, optimizer
 
 
-def adam(config: TrainConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+def adam(config: TrainConfig, module: AbstractSAE) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=module.b2 if config.b2 is None else config.b2, eps=config.eps)
+
+
+def bias_rate(module: AbstractSAE, numbers: Hyper, config: TrainConfig) -> Float[Array, ""] | float:
+    """How fast biases and thresholds move, over the matrices' learning rate.
+
+    A JumpReLU's thresholds have to rise from silence to what its target asks for, and go on rising from there: latents
+    split into several that fire only when strong. With s = steps · learning_rate this ratio lets them arrive half-way,
+    however long the run: 1/s², at least 1/4s, at most 1 (measured for s of 1 to 4 on SynthSAEBench, docs/LOG.md).
+    """
+    if config.bias_rate is not None or not isinstance(module, JumpReLU):
+        return 1.0 if config.bias_rate is None else config.bias_rate
+    length = config.steps * numbers.learning_rate
+    return jnp.minimum(1.0, jnp.maximum(1.0 / jnp.square(length), 0.25 / length))
 
 
 def _schedule(step: Array, config: TrainConfig) -> Array:

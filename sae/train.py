@@ -62,7 +62,7 @@ def init(
     state = TrainState(
         module=module,
         average=None if config.average_decay is None else module,
-        optimizer=adam(config).init(eqx.filter(module, eqx.is_array)),
+        optimizer=adam(config, module).init(eqx.filter(module, eqx.is_array)),
         hyper=hyper(module, config),
         step=jnp.int32(0),
         since_fired=jnp.zeros(module.d_sae, jnp.int32),

@@ -61,6 +61,31 @@ def test_free_rows_of_any_length_mean_the_same(form):
     assert float(jnp.abs(grown - before).max()) > 1e-3
 
 
+def test_jumprelu_sparsity_moves_thresholds_alone():
+    """Rows of a length of their own must not offer the penalty another way: longer rows would raise θ‖d‖, not L0."""
+    state, config = start("jumprelu", sparsity=0.0, bandwidth=2.0)
+    pressed = eqx.tree_at(lambda s: s.hyper.sparsity, state, jnp.float32(1))
+    take = eqx.filter_jit(lambda state: step.step(state, X[0], X[0], config)[0])
+    free, held = take(state).module, take(pressed).module
+    for name in ("encoder", "decoder", "b_enc", "b_dec"):
+        np.testing.assert_array_equal(getattr(free, name), getattr(held, name))
+    assert float(jnp.min(held.threshold - free.threshold)) > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "expected"), [(500, None, 1), (2000, None, 0.25), (10_000, None, 0.025), (10_000, 0.5, 0.5)]
+)
+def test_biases_of_jumprelu_move_slower_the_longer_the_run(steps, given, expected):
+    """By 1/s², at least 1/4s, s = steps · rate, or as told; the matrices do not slow down, nor do other forms."""
+    config = train.TrainConfig(steps=steps, learning_rate=1e-3, bias_rate=given)
+    for form, ratio in {"jumprelu": expected, "relu": 1 if given is None else given}.items():
+        state, _ = start(form, config=config)
+        after, _ = step.step(state, X[0], X[0], config)
+        for name, moved in {"b_dec": ratio, "encoder": 1}.items():
+            change = jnp.abs(getattr(after.module, name) - getattr(state.module, name))
+            np.testing.assert_allclose(jnp.max(change), 1e-3 * moved, rtol=1e-2)
+
+
 @pytest.mark.parametrize("form", K_FORMS)
 def test_sparse_path_is_the_dense_loss(form):
     state, config = start(form)
