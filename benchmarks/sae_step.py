@@ -5,7 +5,9 @@ python benchmarks/sae_step.py --peer-python /path/to/python-with-sae-lens (and e
 
 import dataclasses
 import os
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ class Config:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     batch: int = 4096
     steps: int = 4  # per compiled call
-    calls: int = 2  # the best is reported
+    calls: int = 2  # the best is reported; of sweeps, the median
     members: int = 8  # of the sweep; 0 leaves it out
     pieces: bool = True
     shape: Literal["full", "tiny"] = "full"  # tiny: only to see that everything runs
@@ -75,7 +77,7 @@ def main(config: Config) -> None:
     if config.pieces:
         pieces(cases, ours, config)
     if config.members:
-        sweeps(cases, ours, config)
+        sweeps(cases, config)
 
 
 def pieces(cases: list[Case], ours: list[float], config: Config) -> None:
@@ -88,28 +90,41 @@ def pieces(cases: list[Case], ours: list[float], config: Config) -> None:
     measure.table(["step", "product and selection", "loss and gradient by rows", "Adam, norms, counts"], rows)
 
 
-def sweeps(cases: list[Case], ours: list[float], config: Config) -> None:
-    print(f"\nA sweep of {config.members} on the same rows, ms per step of all members:\n")
+def sweeps(cases: list[Case], config: Config) -> None:
+    """A call of the sweep, then as many calls of one member, in turn: both as long, on the machine of that minute."""
+    members = config.members
+    print(f"\nA sweep of {members} on the same rows, ms per step of all members, {config.steps} steps per call:\n")
     rows = []
-    for case, own in zip(cases, ours, strict=True):
-        swept = step_seconds(case, config, config.members)
-        rows.append([case, f"{swept * 1e3:,.0f}", f"{swept / (config.members * own):.2f}"])
-    measure.table(["step", "sweep", f"of {config.members} single steps"], rows)
+    for case in cases:
+        together, alone = stepper(case, config, members), stepper(case, config, 1)
+        together(), alone()  # the first call compiles
+        pairs = [(together(), sum(alone() for _ in range(members))) for _ in range(config.calls)]
+        swept, single = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(one / other for one, other in pairs)
+        rows.append([case, f"{swept * 1e3:,.0f}", f"{single * 1e3:,.0f}", f"{ratio:.2f}"])
+    measure.table(["step", "sweep", f"{members} single steps", "ratio"], rows)
 
 
-def step_seconds(case: Case, config: Config, members: int = 1) -> float:
-    """Best seconds per step of `train.run`, compiled before; of a sweep, per step of all members."""
+def step_seconds(case: Case, config: Config) -> float:
+    """Best seconds per step, compiled before."""
+    call = stepper(case, config, 1)
+    return min([call() for _ in range(config.calls + 1)][1:])
+
+
+def stepper(case: Case, config: Config, members: int) -> Callable[[], float]:
+    """A compiled call of `train.run`, which says what it took in seconds per step, of all members."""
     told = train.TrainConfig(steps=1000, product_dtype=case.dtype)  # type: ignore[arg-type]
     x = jax.random.normal(jax.random.key(0), (config.steps, config.batch, case.d_model))
     states = [train.init(build(case, seed), told, x[0]) for seed in range(members)]
     state = states[0] if members == 1 else train.stack(states)
-    best = float("inf")
-    for call in range(config.calls + 1):
+
+    def call() -> float:
+        nonlocal state
         start = time.perf_counter()
         state, _ = jax.block_until_ready(train.run(state, x, told))
-        if call:  # the first one compiles
-            best = min(best, (time.perf_counter() - start) / config.steps)
-    return best
+        return (time.perf_counter() - start) / config.steps
+
+    return call
 
 
 def piece_seconds(case: Case, config: Config) -> tuple[float, float]:

@@ -154,10 +154,10 @@ class JumpReLU(AbstractSAE):
     ) -> "JumpReLU":
         """`threshold`: of every latent; by default half a standard deviation of π on random inputs of length 1."""
         parts = initial(d_model, d_sae, d_out, key, 0.01)
-        threshold = 0.005 / d_model**0.5 if threshold is None else threshold
-        if not 0 <= threshold < float("inf"):
+        start = 0.005 / d_model**0.5 if threshold is None else threshold
+        if not 0 <= start < float("inf"):
             raise InputError(f"threshold: found {threshold}, expected a finite number of at least 0")
-        thresholds = jnp.full((d_sae,), threshold, jnp.float32)
+        thresholds = jnp.full((d_sae,), start, jnp.float32)
         return cls(**parts, threshold=thresholds, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:

@@ -176,7 +176,15 @@ def _run(data, state: TrainState) -> tuple[TrainState, Metrics]:
         return member(state, sites)
     if at_once is None:
         at_once = 1 if jax.default_backend() == "cpu" else state.step.shape[0]
-    return lax.map(lambda one: member(*one), (state, sites), batch_size=None if at_once == 1 else at_once)
+    if at_once > 1:
+        return lax.map(lambda one: member(*one), (state, sites), batch_size=at_once)
+
+    def in_turn(state, place):  # carried, so that members are replaced where they are: lax.map would hold all twice
+        at, site = place
+        one, metrics = member(jax.tree.map(lambda leaf: leaf[at], state), site)
+        return jax.tree.map(lambda leaf, new: leaf.at[at].set(new), state, one), metrics
+
+    return lax.scan(in_turn, state, (jnp.arange(state.step.shape[0]), sites))
 
 
 def _standardize(rows: Array, config: TrainConfig) -> tuple[Array, Array]:

@@ -86,6 +86,14 @@ def test_biases_of_jumprelu_move_slower_the_longer_the_run(steps, given, expecte
             np.testing.assert_allclose(jnp.max(change), 1e-3 * moved, rtol=1e-2)
 
 
+def test_a_sweep_in_turn_replaces_members_where_they_are():
+    states, config = zip(*(start(seed=seed, d_sae=4096) for seed in range(8)), strict=True)
+    stack = train.stack(states)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(stack))
+    compiled = train._run.lower((config[0], X, None, None, 1), stack).compile().compiled
+    assert compiled.memory_analysis().temp_size_in_bytes < held  # a second copy of the stack would be as much
+
+
 @pytest.mark.parametrize("form", K_FORMS)
 def test_sparse_path_is_the_dense_loss(form):
     state, config = start(form)
