@@ -56,7 +56,7 @@ class TopK(AbstractSAE):
     @classmethod
     def init(cls, *, d_model: int, d_sae: int, k: int, key: PRNGKeyArray, d_out: int | None = None) -> "TopK":
         check_k(k, d_sae)
-        return cls(**initial(d_model, d_sae, d_out, key, 0.01), k=k, apply_b_dec_to_input=d_out is None)
+        return cls(**initial(d_model, d_sae, d_out, key, 0.3), k=k, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
         values, indices = lax.top_k(pre, self.k)
