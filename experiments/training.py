@@ -116,6 +116,8 @@ def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractSAE
         sizes["d_out"] = d_model
     if config.form in ("topk", "batchtopk", "matryoshka"):
         sizes["k"] = largest_k
+    if config.form == "topk":
+        sizes["encoder_norm"] = 0.3  # runs are short: shorter rows leave far more latents dead (docs/LOG.md)
     return sae.FORMS[config.form].init(**sizes)  # pyright: ignore[reportAttributeAccessIssue]
 
 

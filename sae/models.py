@@ -54,9 +54,22 @@ class TopK(AbstractSAE):
     exactly_k: ClassVar[bool] = True
 
     @classmethod
-    def init(cls, *, d_model: int, d_sae: int, k: int, key: PRNGKeyArray, d_out: int | None = None) -> "TopK":
+    def init(
+        cls,
+        *,
+        d_model: int,
+        d_sae: int,
+        k: int,
+        key: PRNGKeyArray,
+        d_out: int | None = None,
+        encoder_norm: float = 0.01,
+    ) -> "TopK":
+        """`encoder_norm`: of its rows at the start; short ones find more features in thousands of steps, long ones (0.3)
+        leave fewer latents dead in hundreds (docs/LOG.md)."""
         check_k(k, d_sae)
-        return cls(**initial(d_model, d_sae, d_out, key, 0.3), k=k, apply_b_dec_to_input=d_out is None)
+        if not 0 < encoder_norm < float("inf"):
+            raise InputError(f"encoder_norm: found {encoder_norm}, expected a finite number above 0")
+        return cls(**initial(d_model, d_sae, d_out, key, encoder_norm), k=k, apply_b_dec_to_input=d_out is None)
 
     def activate(self, pre: Float[Array, "*batch d_sae"]) -> Float[Array, "*batch d_sae"]:
         values, indices = lax.top_k(pre, self.k)

@@ -72,6 +72,13 @@ def test_impossible_k_is_refused(k):
         make("relu").encode_sparse(jnp.ones((1, 8)))
 
 
+def test_impossible_starts_are_refused():
+    with pytest.raises(InputError, match="encoder_norm: found 0"):
+        sae.TopK.init(d_model=4, d_sae=8, k=2, key=KEY, encoder_norm=0.0)
+    with pytest.raises(InputError, match="threshold: found -1"):
+        sae.JumpReLU.init(d_model=4, d_sae=8, key=KEY, threshold=-1.0)
+
+
 def test_smaller_than_the_model_works():
     assert make("topk", d_model=9, d_sae=4)(jnp.ones((2, 9))).shape == (2, 9)
 
