@@ -158,9 +158,9 @@ def adam(config: TrainConfig, module: AbstractSAE) -> optax.GradientTransformati
 def bias_rate(module: AbstractSAE, numbers: Hyper, config: TrainConfig) -> Float[Array, ""] | float:
     """How fast biases and thresholds move, over the matrices' learning rate.
 
-    A JumpReLU's thresholds have to rise from silence to what its target asks for, and go on rising from there: latents
-    split into several that fire only when strong. With s = steps · learning_rate this ratio lets them arrive half-way,
-    however long the run: 1/s², at least 1/4s, at most 1 (measured for s of 1 to 4 on SynthSAEBench, docs/LOG.md).
+    A JumpReLU's thresholds have to rise from almost 0 to what its target asks for; fast ones go on rising from there,
+    and latents split into several that fire only when strong. So the ratio falls with s = steps · learning_rate: 1/s²,
+    at least 1/4s, at most 1. Found on SynthSAEBench for s of 1 to 4 (docs/LOG.md), not derived.
     """
     if config.bias_rate is not None or not isinstance(module, JumpReLU):
         return 1.0 if config.bias_rate is None else config.bias_rate
