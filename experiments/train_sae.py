@@ -52,6 +52,8 @@ def check(config: Config) -> None:
         cli.at_least_one(name, getattr(config, name))
     if not config.lr > 0 or not math.isfinite(config.lr):
         raise sae.InputError(f"--lr: found {config.lr}, expected a finite number above 0")
+    if config.bias_rate is not None and not 0 < config.bias_rate < math.inf:
+        raise sae.InputError(f"--bias-rate: found {config.bias_rate}, expected a finite number above 0")
     if not config.sink_times >= 0:
         raise sae.InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
 

@@ -59,6 +59,8 @@ class Config:
     """Latents that fire per position: exactly (topk), on average (batchtopk, matryoshka), or as the target (jumprelu)."""
     sparsity: float | None = None
     """Weight of the sparsity penalty; without it 1 for jumprelu's target and 0.05 for the L1 of relu and gated."""
+    bias_rate: float | None = None
+    """How fast biases and thresholds move, over --lr: higher where jumprelu's L0 stays above its target."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 512
@@ -104,6 +106,7 @@ def train_config(config: Config) -> train.TrainConfig:
         sparsity_warmup_steps=config.steps // 5,
         target_l0=float(config.k) if config.form == "jumprelu" else 0.0,
         dead_after=config.dead_after,
+        bias_rate=config.bias_rate,
         product_dtype=config.product_dtype,
     )
 

@@ -33,6 +33,7 @@ def test_every_form_finds_the_toy(form):
         sparsity={"relu": 0.1, "gated": 0.3, "jumprelu": 1.0}.get(form, 0.0),
         target_l0=2.0,
         bandwidth=0.1,
+        bias_rate=1.0,  # two features of length 1 ask for high thresholds in few steps
         dead_after=20_000,
         centre=False,
     )

@@ -270,4 +270,3 @@ def test_wrong_configs_are_refused():
         train.TrainConfig(steps=0)
     with pytest.raises(InputError, match="warmup_steps"):
         train.TrainConfig(steps=5, warmup_steps=4, decay_steps=4)
-    assert step.adam(train.TrainConfig(steps=1)) is not None
