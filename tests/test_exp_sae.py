@@ -188,6 +188,7 @@ BAD = [
     ({"sweep": ("k=4,4",)}, "--sweep"),
     ({"sweep": ("k=0,4",)}, "--k"),
     ({"lr": float("nan")}, "--lr"),
+    ({"bias_rate": 0.0}, "--bias-rate"),
     ({"held_out": 6, "limit": 6}, "--held-out"),
     ({"buffer_rows": 100}, "--buffer-rows"),
     ({"layer": 1, "site": "blocks.1.hook_resid_post"}, "--layer, --site"),
