@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import measure
 from qwen_eqx import Capture, GenerationState, Generator, MemoryPlan, Qwen, prepare
-from qwen_eqx.hf import skeleton
+from qwen_eqx.weights.hf import skeleton
 
 
 @dataclasses.dataclass(frozen=True)

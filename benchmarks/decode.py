@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 import measure
 from qwen_eqx import Qwen
-from qwen_eqx.layers import matmul
+from qwen_eqx.model.layers import matmul
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 import qwen_eqx
 from qwen_eqx import PRESETS, GenerationState, Generator, InputError, Qwen, QwenConfig
-from qwen_eqx.layers import matmul, normal_weight
+from qwen_eqx.model.layers import matmul, normal_weight
 
 TINY = QwenConfig("qwen2", 320, 32, 2, 4, 2, 8, 64, 512, rope_theta=10_000.0, tied=True)  # to see that the script runs
 ConfigT = TypeVar("ConfigT")

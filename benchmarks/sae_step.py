@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 import measure
 import sae
-from sae import objectives, train
+from sae.forms import objectives
+from sae.training import loop as train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,10 @@ import numpy as np
 import measure
 import sae
 from qwen_eqx import InputError
-from sae import AbstractSAE, metrics, synthetic, train
+from sae import AbstractSAE
+from sae.data import synthetic
+from sae.evaluation import metrics
+from sae.training import loop as train
 
 
 @dataclasses.dataclass(frozen=True)

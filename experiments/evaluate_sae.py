@@ -15,15 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import activations
-import cli
-import figures
-import pages
-import places
 import qwen_eqx
 import sae
-import splicing
-from sae import metrics
+from qwen_lab import cli, figures, pages, places, sources, splicing
+from sae.evaluation import metrics
 
 POSITIONS = (0, 1, 4, 16, 64, 256, 1024, 4096)  # where each group of positions starts
 
@@ -67,7 +62,7 @@ def main(config: Config) -> None:
         cli.at_least_one(name, getattr(config, name))
     if not config.sink_times >= 0:
         raise sae.InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
-    given = sources(config.sae)
+    given = find_saes(config.sae)
     loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in given.items()}
     metadata = [one.metadata for one in loaded.values()]
     model, tokenizer, model_name = config.load_model(metadata)
@@ -98,7 +93,7 @@ def main(config: Config) -> None:
     cli.console.print(f"next: open {report}, then python experiments/steer.py --sae {given[first]}")
 
 
-def sources(given: Sequence[str]) -> dict[str, str]:
+def find_saes(given: Sequence[str]) -> dict[str, str]:
     """Short name -> place; a directory that holds SAEs stands for all of them."""
     found = []
     for place in given:
@@ -172,7 +167,7 @@ def reconstruct(
 ) -> tuple[metrics.Totals, dict[str, dict[str, dict[str, float]]]]:
     """The totals of all rows, and each metric by position and by task."""
     x, y = jnp.concatenate(read), jnp.concatenate(written)
-    wanted = [activations.wanted(activations.Group.of(rows), sink_times) for rows in (x, y)]
+    wanted = [sources.wanted(sources.Group.of(rows), sink_times) for rows in (x, y)]
     keep = np.flatnonzero(np.asarray(wanted[0] & wanted[1]))
     lengths = [len(document.tokens) for document in found]
     position = np.concatenate([np.arange(length) for length in lengths])
@@ -189,7 +184,7 @@ def reconstruct(
 
 def _totals(module: sae.AbstractSAE, x: jax.Array, y: jax.Array, group: np.ndarray, groups: int) -> metrics.Totals:
     mean = jnp.mean(y.astype(jnp.float32), axis=0)
-    parts = zip(*map(activations.batches_of, (x, y, jnp.asarray(group, jnp.int32))), strict=True)
+    parts = zip(*map(sources.batches_of, (x, y, jnp.asarray(group, jnp.int32))), strict=True)
     found = [metrics.totals(module, rows, mean, of, groups, target) for rows, target, of in parts]
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *found)
 

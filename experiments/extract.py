@@ -16,10 +16,9 @@ import numpy as np
 from rich.table import Table
 
 import arc
-import cli
 import qwen_eqx
-import rows
 import sae
+from qwen_lab import cli, rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import cli
 import qwen_eqx
 from arc.encode import ARC24_SYMBOLS, DEFAULT_ENCODER
 from arc.grid import as_grid
 from arc.prompt import PROMPTS, answer, chat_messages
 from arc.task import Pair, Task
+from qwen_lab import cli
 
 EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
 VOCAB = 512

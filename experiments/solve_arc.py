@@ -13,17 +13,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-import answering
 import arc
-import cli
 import extract
-import predictions
 import qwen_eqx
-import rows
 import sae
-import solve_report
-from answering import Answer, How, Question
-from predictions import RESCORED, Line
+from qwen_lab import answering, cli, predictions, rows, solve_report
+from qwen_lab.answering import Answer, How, Question
+from qwen_lab.predictions import RESCORED, Line
 
 FREE = ("out", "report_tasks")  # what a run may be gone on with differently; so may `select`, but for rescoring
 RESCORED_MOST = 8  # candidates of one test input that are scored again, the most frequent

@@ -15,14 +15,11 @@ import numpy as np
 from rich.table import Column, Table
 from rich.text import Text
 
-import activations
 import arc
-import cli
 import extract
-import pages
 import qwen_eqx
 import sae
-import splicing
+from qwen_lab import cli, pages, sources, splicing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def main(config: Config) -> None:
     if place.transcodes and config.mode == "clamp":
         raise sae.InputError(f"--mode: found clamp for a transcoder ({place}), expected add: it reads another site")
     chosen = pages.unseen_tasks(metadata, config.tasks)[: config.limit]
-    items = activations.read_items(chosen, config.max_prompt, model.config, tokenizer, config.encoder, config.prompt)
+    items = sources.read_items(chosen, config.max_prompt, model.config, tokenizer, config.encoder, config.prompt)
     latent, peak = pick(model, module, items, place.reads, config.latent)
     value = config.strength * (peak or 1.0)
     verb = f"plus {value:.3g} times" if config.mode == "add" else f"with the value held at {value:.3g} of"

@@ -15,14 +15,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-import activations
 import arc
-import cli
-import figures
-import places
 import qwen_eqx
 import sae
-from training import Config, Member, Run
+from qwen_lab import cli, figures, places, sources
+from qwen_lab.runs import Config, Member, Run
 
 SWEEPABLE = {"k": int, "lr": float, "seed": int, "sparsity": float, "layer": int, "site": str}
 
@@ -95,14 +92,12 @@ def make_members(
     return members
 
 
-def open_source(
-    config: Config, found: Sequence[dict[str, Any]]
-) -> tuple[activations.Source, list[Member], dict[str, Any]]:
+def open_source(config: Config, found: Sequence[dict[str, Any]]) -> tuple[sources.Source, list[Member], dict[str, Any]]:
     """The source of groups, what to train on them, and what a saved SAE says of where it was trained."""
     if config.source == "store":
         store = sae.ActivationStore.open(config.store)
         members = make_members(config, found, places.in_store(store), store.sites[0])
-        source = activations.Stored(store, held_out=config.held_out, sites=sites_of(members), prompts=config.prompts)
+        source = sources.Stored(store, held_out=config.held_out, sites=sites_of(members), prompts=config.prompts)
         model_name, revision = store.manifest.model_id, store.manifest.revision
         tasks = store.manifest.config.get("tasks")
     else:
@@ -110,9 +105,9 @@ def open_source(
         model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=dtype)
         members = make_members(config, found, places.in_model(model.config), places.first_late(model.config))
         chosen = list(arc.load_tasks(config.tasks))[: config.limit]
-        items = activations.read_items(chosen, config.max_prompt, model.config, tokenizer)
+        items = sources.read_items(chosen, config.max_prompt, model.config, tokenizer)
         options = {"prompts": config.prompts, "max_new_tokens": config.max_new_tokens}
-        source = activations.Live(model, tokenizer, items, held_out=config.held_out, sites=sites_of(members), **options)
+        source = sources.Live(model, tokenizer, items, held_out=config.held_out, sites=sites_of(members), **options)
         model_name, revision, tasks = config.model, config.revision, config.tasks
         if config.model == "tiny-arc":
             cli.console.print("tiny-arc is a demonstration model; --model Qwen/Qwen2.5-0.5B-Instruct loads a real one.")

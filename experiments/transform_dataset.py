@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import arc
-import cli
 from arc.data import content_id, reasons, task_from_examples
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
+from qwen_lab import cli
 
 SAVE_EVERY = 500  # records between two savings of the state
 

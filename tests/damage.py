@@ -8,7 +8,7 @@ import pytest
 
 import qwen_eqx
 from qwen_eqx import InputError
-from qwen_eqx.hub import EMBEDDED
+from qwen_eqx.weights.hub import EMBEDDED
 
 TINY = EMBEDDED / "tiny-arc"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 988097824\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import arc
-from answering import Answer
+from qwen_lab.answering import Answer
 from solve_arc import Config, main
 
 RIGHT = -1.0  # log-probability of each token of the oracle's

@@ -9,26 +9,40 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Inside a package, a file imports only files that stand before it here.
+# Inside a package, a file imports only files that stand before it here: folders import folders above them, files of a
+# folder the files above them in it. A folder's own `__init__` stands behind its files, the package's is last.
 ORDER = {
-    "qwen_eqx": [
-        "errors", "files", "chat", "tokenizer", "config", "layers", "rope", "attention", "cache", "buffer", "sites", "edits",
-        "model", "sample", "memory", "engine", "generate", "scheduler", "score", "search", "sharding", "hub", "hf", "train",
-        "__init__",
-    ],
-    "arc": [
-        "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
-        "submission", "score", "family", "cells", "families_whole", "families_objects", "generators",
-        "canvas", "render", "__init__",
-    ],
-    "sae": [
-        "errors", "files", "sparse", "abstract", "models", "losses", "objectives", "state", "step", "buffer", "plan",
-        "store", "metrics", "train", "checkpoint", "synthetic", "torchzip", "foreign", "saelens", "formats", "survey",
-        "report", "__init__",
-    ],
+    "qwen_eqx": {
+        "": ["errors", "files"],
+        "text": ["chat", "tokenizer"],
+        "model": ["config", "layers", "rope", "attention", "cache", "sites", "edits", "qwen"],
+        "generation": ["sample", "memory", "buffer", "engine", "generate", "scheduler", "score", "search"],
+        "weights": ["hub", "hf"],
+    },
+    "arc": {
+        "": [
+            "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
+            "submission", "score", "family", "cells", "families_whole", "families_objects", "generators", "canvas",
+            "render",
+        ],
+    },
+    "sae": {
+        "": ["errors", "files"],
+        "codes": ["sparse"],
+        "forms": ["abstract", "models", "losses", "objectives"],
+        "data": ["plan", "store", "buffer", "synthetic"],
+        "training": ["state", "step", "loop", "checkpoint"],
+        "formats": ["torchzip", "foreign", "saelens", "load"],
+        "evaluation": ["metrics", "survey", "report"],
+    },
 }  # fmt: skip
 FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}
 NEVER = {"torch", "transformers", "pickle"}
+
+
+def is_module(name: str) -> bool:
+    place = ROOT / name.replace(".", "/")
+    return place.with_suffix(".py").exists() or place.is_dir()
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -39,22 +53,46 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: relative import; write the full name"
             assert node.module is not None
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            whole = {part for part in parts if not is_module(part)}  # a name of the folder itself, not a file in it
+            names |= parts | ({node.module} if whole else set())
     return names
 
 
-FILES = [(package, path) for package in ORDER for path in sorted((ROOT / package).glob("*.py"))]
+def rooms(package: str) -> list[str]:
+    """Every file of a package as its dotted name, in the order in which they may be imported."""
+    found = []
+    for folder, files in ORDER[package].items():
+        found += [f"{folder}.{name}".lstrip(".") for name in files] + ([folder] if folder else [])
+    return [*found, package]
 
 
-@pytest.mark.parametrize(("package", "path"), FILES, ids=lambda value: value if isinstance(value, str) else value.stem)
+def room(package: str, path: Path) -> str:
+    inside = path.relative_to(ROOT / package).with_suffix("").parts
+    name = ".".join(part for part in inside if part != "__init__")
+    return name or package
+
+
+FILES = [(package, path) for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize(
+    ("package", "path"), FILES, ids=lambda value: value if isinstance(value, str) else str(value.relative_to(ROOT))
+)
 def test_arrows_point_one_way(package: str, path: Path):
-    order = ORDER[package]
-    assert path.stem in order, f"{path.name} is a new room: give it a place in the order"
+    order, here = rooms(package), room(package, path)
+    assert here in order, f"{here} is a new room: give it a place in the order"
     for name in imported_modules(path):
-        root, *rest = name.split(".")
-        assert root not in FORBIDDEN[package] | NEVER, f"{path.name} must not import {name}"
-        if root == package and rest and rest[0] in order:
-            assert order.index(rest[0]) < order.index(path.stem), f"{path.name} imports {name}, which stands after it"
+        root, _, rest = name.partition(".")
+        assert root not in FORBIDDEN[package] | NEVER, f"{here} must not import {name}"
+        if root == package and rest in order and rest != here:
+            assert order.index(rest) < order.index(here), f"{here} imports {name}, which stands after it"
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_room_is_named_that_does_not_exist(package: str):
+    there = {room(package, path) for path in (ROOT / package).rglob("*.py")}
+    assert set(rooms(package)) == there
 
 
 def test_arc_loads_without_jax():

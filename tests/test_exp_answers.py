@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import answering
 import arc
-import predictions
 import qwen_eqx
+from qwen_lab import answering, predictions
 from solve_arc import main
 from solving import RIGHT, lines_of, made_task, oracle, run, small, write_tasks
 

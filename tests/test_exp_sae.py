@@ -20,22 +20,17 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-import activations
 import arc
-import cli
 import evaluate_sae
 import extract
-import pages
-import places
 import qwen_eqx
 import sae
-import splicing
 import steer
 import tolerances
 import train_sae
-import training
+from qwen_lab import cli, pages, places, runs, sources, splicing
 from running import ROOT, run, run_experiment, short_tasks, small
-from sae import metrics
+from sae.evaluation import metrics
 
 WEIGHTS = "sae/sae_weights.safetensors"
 
@@ -73,11 +68,11 @@ def test_the_same_command_again_changes_nothing_and_another_config_is_refused(tr
 
 def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(cli.Stopped):
             run(train_sae, small(tmp_path))
     assert not (tmp_path / "sae").exists()
-    assert training.checkpoint.steps(tmp_path / "checkpoints") == [2]
+    assert runs.checkpoint.steps(tmp_path / "checkpoints") == [2]
     assert "going on from step 2 of 8" in run(train_sae, small(tmp_path))
     ends = [place / "checkpoints" / "00000008" / "state.safetensors" for place in (trained, tmp_path)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
@@ -89,7 +84,7 @@ def test_the_command_line_stops_with_75_and_refuses_with_2(tmp_path: Path):
     command = [sys.executable, str(ROOT / "experiments" / "train_sae.py"), *flags, "--steps", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for _ in range(600):
-            if (tmp_path / "checkpoints").exists() and training.checkpoint.steps(tmp_path / "checkpoints"):
+            if (tmp_path / "checkpoints").exists() and runs.checkpoint.steps(tmp_path / "checkpoints"):
                 break
             time.sleep(0.2)
         process.terminate()
@@ -105,7 +100,7 @@ def test_the_command_line_stops_with_75_and_refuses_with_2(tmp_path: Path):
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path):
     with pytest.raises(SystemExit, match=r"step \d+: the loss is not finite"):
         run(train_sae, small(tmp_path, lr=1e30, steps=400))
-    for step in training.checkpoint.steps(tmp_path / "checkpoints"):
+    for step in runs.checkpoint.steps(tmp_path / "checkpoints"):
         arrays = safetensors.numpy.load_file(tmp_path / "checkpoints" / f"{step:08d}" / "state.safetensors")
         assert all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f")
 
@@ -129,13 +124,13 @@ def test_live_equals_replay(tmp_path: Path):
 
 
 def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: Path, tmp_path: Path, monkeypatch):
-    whole, held = training.buffer.ShuffleBuffer.init, []
+    whole, held = runs.buffer.ShuffleBuffer.init, []
 
     def wide(**options):
         held.append(options.pop("dtype"))
         return whole(**options, dtype=jnp.float32)
 
-    monkeypatch.setattr(training.buffer.ShuffleBuffer, "init", wide)
+    monkeypatch.setattr(runs.buffer.ShuffleBuffer, "init", wide)
     run(train_sae, small(tmp_path))
     assert set(held) == {jnp.dtype(jnp.bfloat16)}
     assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
@@ -208,7 +203,7 @@ BAD = [
 @pytest.mark.parametrize(("fields", "word"), BAD, ids=[str(word) for _, word in BAD])
 def test_bad_input_is_refused_by_name(fields, word, tmp_path: Path):
     with pytest.raises((sae.InputError, arc.InputError, qwen_eqx.InputError), match=word) as caught:
-        train_sae.main(training.Config(**({"limit": 6, "held_out": 2} | fields), out=tmp_path))
+        train_sae.main(runs.Config(**({"limit": 6, "held_out": 2} | fields), out=tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -283,6 +278,6 @@ def test_clamping_holds_one_latent():
 
 
 def test_no_task_is_on_both_sides():
-    first, held = activations.split(["a", "a", "b", "c", "c", "d"], 2)
+    first, held = sources.split(["a", "a", "b", "c", "c", "d"], 2)
     assert (first, held) == (3, ("c", "d"))
-    assert list(activations._parts(6, first, 2)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6)]
+    assert list(sources._parts(6, first, 2)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6)]

@@ -11,20 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cli
 import evaluate_sae
 import extract
-import places
 import qwen_eqx
 import sae
-import splicing
 import steer
 import tolerances
 import train_sae
-import training
-from places import Place
+from qwen_lab import cli, places, runs, splicing
+from qwen_lab.places import Place
 from running import run, short_tasks, small
-from sae import metrics
+from sae.evaluation import metrics
 
 TRANSCODER = {"site": "blocks.1.hook_resid_mid", "target_site": "blocks.1.hook_mlp_out"}
 SWEEP = {"sweep": ("layer=1,3", "k=2,4")}
@@ -74,7 +71,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(what: str, reques
     if what == "swept":
         (whole, _), fields = whole, SWEEP
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(cli.Stopped):
             run(train_sae, small(tmp_path, **fields))
     assert "going on from step 2 of 8" in run(train_sae, small(tmp_path, **fields))
@@ -168,7 +165,7 @@ def test_the_order_of_sites_is_the_models():
         edited = model.run_with_capture(tokens, names, edits=[qwen_eqx.Ablate(site=name)])[1]
         for other in names[:number]:
             np.testing.assert_array_equal(edited[other], clean[other])
-    assert {suffix for suffix, _ in qwen_eqx.sites.KINDS.values()} == set(places.SUFFIXES)
+    assert {suffix for suffix, _ in qwen_eqx.model.sites.KINDS.values()} == set(places.SUFFIXES)
 
 
 def test_foreign_saes_are_placed_by_flags():

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 import arc
-import cli
 import extract
-import predictions
 import qwen_eqx
 import running
 import sae
+from qwen_lab import cli, predictions
 from solve_arc import Config, main
 from solving import lines_of, made_task, run, small, write_tasks
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_eqx.buffer import ActivationBuffer
+from qwen_eqx.generation.buffer import ActivationBuffer
 
 DTYPES = ["bfloat16", "float16", "float32"]
 SHAPE = {"sites": 2, "batch": 3, "new": 4, "d_model": 5}

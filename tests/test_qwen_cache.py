@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import tiny
 import tolerances
 from qwen_eqx import Qwen
-from qwen_eqx.cache import KVCache, cache_bytes, visible
+from qwen_eqx.model.cache import KVCache, cache_bytes, visible
 
 KV_SEQ = 12
 

@@ -13,8 +13,8 @@ import qwen_eqx
 import running
 import tiny
 from qwen_eqx import Capture, Generation, Greedy, InputError
-from qwen_eqx.generate import memory_plan
-from qwen_eqx.hf import skeleton
+from qwen_eqx.generation.generate import memory_plan
+from qwen_eqx.weights.hf import skeleton
 from running import NEW, PROMPTS, assert_same, greedy
 
 SITES = tiny.d_model_sites(tiny.CONFIGS["qwen2"])

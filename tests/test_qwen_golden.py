@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import qwen_eqx
 import tolerances
-from qwen_eqx.hf import load_model
+from qwen_eqx.weights.hf import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))

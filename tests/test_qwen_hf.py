@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import qwen_eqx
 import strategies
 from qwen_eqx import PRESETS, InputError, Qwen, QwenConfig
-from qwen_eqx.hf import DTYPES, load_model, name_table, save_pretrained, skeleton
-from qwen_eqx.hub import EMBEDDED, embedded_models
+from qwen_eqx.weights.hf import DTYPES, load_model, name_table, save_pretrained, skeleton
+from qwen_eqx.weights.hub import EMBEDDED, embedded_models
 
 TINY = EMBEDDED / "tiny-arc"
 SMALL = QwenConfig("qwen2", 31, 12, 2, 4, 2, 6, 20, 64, tied=False)
@@ -147,8 +147,8 @@ def test_a_save_cut_between_renames_does_not_open(tmp_path: Path, monkeypatch: p
         done.append(path)
         real(temporary, path)
 
-    real = qwen_eqx.hf.commit
-    monkeypatch.setattr(qwen_eqx.hf, "commit", cut)
+    real = qwen_eqx.weights.hf.commit
+    monkeypatch.setattr(qwen_eqx.weights.hf, "commit", cut)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(random_model(SMALL, seed=2), None, tmp_path, max_shard_bytes=2000)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -13,9 +13,9 @@ import oracles
 import qwen_eqx
 import tiny
 import tolerances
-from qwen_eqx import attention
-from qwen_eqx.attention import attend, blockwise
-from qwen_eqx.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
+from qwen_eqx.model import attention
+from qwen_eqx.model.attention import attend, blockwise
+from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
 
 
 def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:

@@ -14,7 +14,7 @@ import strategies
 import tiny
 import tolerances
 from qwen_eqx import PRESETS, InputError, Qwen, QwenConfig, Site
-from qwen_eqx.sites import KINDS
+from qwen_eqx.model.sites import KINDS
 
 SHAPES = {
     "group 7": QwenConfig("qwen2", 31, 20, 2, 14, 2, 4, 28, 64, tied=True),

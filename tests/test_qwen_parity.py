@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import qwen_eqx
 import strategies
 import tolerances
-from qwen_eqx.hf import load_model, skeleton
-from qwen_eqx.hub import EMBEDDED
+from qwen_eqx.weights.hf import load_model, skeleton
+from qwen_eqx.weights.hub import EMBEDDED
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch and transformers say while loading is theirs to mend

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from qwen_eqx.rope import Rotation
+from qwen_eqx.model.rope import Rotation
 
 D_HEAD = 8
 

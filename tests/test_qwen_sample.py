@@ -14,7 +14,7 @@ import oracles
 import qwen_eqx
 import tiny
 from qwen_eqx import Chain, Greedy, InputError, MinP, RepetitionPenalty, Temperature, TopK, TopP
-from qwen_eqx.sample import _invert, draw, likeliest
+from qwen_eqx.generation.sample import _invert, draw, likeliest
 
 VOCAB, DRAWS = 23, 20_000
 LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2

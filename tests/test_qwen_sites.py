@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import strategies
 import tiny
 from qwen_eqx import Capture, InputError, QwenConfig, Site
-from qwen_eqx.sites import D_MODEL_KINDS, KINDS
+from qwen_eqx.model.sites import D_MODEL_KINDS, KINDS
 
 CONFIG = tiny.CONFIGS["qwen2"]
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_eqx import InputError, Tokenizer
-from qwen_eqx.chat import ChatTemplate
-from qwen_eqx.hub import EMBEDDED
-from qwen_eqx.tokenizer import bucket, check_ids, pad_left
+from qwen_eqx.text.chat import ChatTemplate
+from qwen_eqx.text.tokenizer import bucket, check_ids, pad_left
+from qwen_eqx.weights.hub import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 DIRECTORIES = {"tiny-arc": EMBEDDED / "tiny-arc", "qwen2.5": ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer"}

@@ -158,13 +158,13 @@ def test_the_wheel_is_whole(tmp_path: Path):
         (metadata,) = (name for name in opened.namelist() if name.endswith("METADATA"))
         facts = opened.read(metadata).decode()
     expected = {
-        path.relative_to(ROOT).as_posix()
-        for package in ORDER
-        for path in (ROOT / package).rglob("*")
+        path.relative_to(where).as_posix()
+        for where, package in [*((ROOT, name) for name in ORDER), (ROOT / "experiments", "qwen_lab")]
+        for path in (where / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == expected
-    assert {f"{package}/py.typed" for package in ORDER} <= held
+    assert {f"{package}/py.typed" for package in (*ORDER, "qwen_lab")} <= held
     assert "qwen_eqx/pretrained/tiny-arc/model.safetensors" in held
     assert "License-Expression: MIT" in facts
     assert "Requires-Python: >=3.11" in facts

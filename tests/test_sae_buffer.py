@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae import buffer
+from sae.data import buffer
 from sae.errors import InputError
 
 

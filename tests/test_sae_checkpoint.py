@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae import checkpoint
 from sae.errors import InputError
+from sae.training import checkpoint
 
 STATE = {"a": jnp.arange(3.0), "key": jax.random.key(3), "n": jnp.int32(7)}
 

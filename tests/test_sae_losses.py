@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae import losses
+from sae.forms import losses
 
 RNG = np.random.default_rng(0)
 X, X_HAT = RNG.normal(size=(2, 6, 4)).astype(np.float32)

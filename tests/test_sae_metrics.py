@@ -9,8 +9,8 @@ import pytest
 import oracles
 import sae
 import tolerances
-from sae import metrics
 from sae.errors import InputError
+from sae.evaluation import metrics
 
 X = 2.0 * jax.random.normal(jax.random.key(1), (60, 6)) + 1.0
 MEAN = X.mean(0)

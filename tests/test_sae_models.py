@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sae
-from sae import sparse
+from sae.codes import sparse
 from sae.errors import InputError
 
 KEY = jax.random.key(0)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sae
-from sae import report
-from sae.survey import EDGES
+from sae.evaluation import report
+from sae.evaluation.survey import EDGES
 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "dl", "dt", "dd", "div", "nav",

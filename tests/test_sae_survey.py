@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sae
-from sae import survey
+from sae.evaluation import survey
 
 
 @st.composite

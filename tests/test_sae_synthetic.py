@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import sae
-from sae import synthetic, train
+from sae.data import synthetic
+from sae.training import loop as train
 
 TRUE = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (32, 16)))[0].T
 

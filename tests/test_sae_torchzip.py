@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sae
-from sae import files, torchzip
+from sae import files
+from sae.formats import torchzip
 
 FIXTURES = Path(__file__).parent / "fixtures" / "sae"
 REAL = FIXTURES / "dictionary_learning" / "MatryoshkaBatchTopKSAE" / "ae.pt"

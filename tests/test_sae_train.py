@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import sae
-from sae import checkpoint, objectives, step, train
-from sae.buffer import ShuffleBuffer
+from sae.data.buffer import ShuffleBuffer
 from sae.errors import InputError
+from sae.forms import objectives
+from sae.training import checkpoint, step
+from sae.training import loop as train
 
 X = jax.random.normal(jax.random.key(1), (6, 32, 8))
 K_FORMS = ("topk", "batchtopk", "matryoshka")
@@ -118,7 +120,7 @@ def test_a_sweep_equals_separate_runs():
     for seed, rate, k in ((0, 1e-2, 2.0), (1, 1e-3, 3.0), (2, 3e-3, 1.0)):
         state, _ = start(seed=seed, k=3, config=config)
         hyper = train.hyper(state.module, config, k=k)
-        hyper = sae.objectives.Hyper(
+        hyper = objectives.Hyper(
             jnp.float32(rate), hyper.sparsity, hyper.target_l0, hyper.k, hyper.aux, hyper.bandwidth
         )
         states.append(train.TrainState(**{**vars(state), "hyper": hyper}))

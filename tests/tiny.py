@@ -8,7 +8,7 @@ import numpy as np
 
 import qwen_eqx
 from qwen_eqx import Qwen, QwenConfig
-from qwen_eqx.hf import skeleton
+from qwen_eqx.weights.hf import skeleton
 
 CONFIGS = {
     "qwen2": QwenConfig("qwen2", 97, 16, 2, 4, 2, 6, 24, 64, rope_theta=10_000.0, tied=False),
@@ -35,4 +35,6 @@ def model(name: str = "qwen2", dtype: str = "float32") -> Qwen:
 
 def d_model_sites(config: QwenConfig) -> list[str]:
     """Every site that generate can capture."""
-    return [str(qwen_eqx.Site(layer, kind)) for layer in range(config.layers) for kind in qwen_eqx.sites.D_MODEL_KINDS]
+    return [
+        str(qwen_eqx.Site(layer, kind)) for layer in range(config.layers) for kind in qwen_eqx.model.sites.D_MODEL_KINDS
+    ]

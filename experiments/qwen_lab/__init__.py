@@ -1,0 +1,1 @@
+"""Where the packages meet: what commands, scripts and notebooks share."""

@@ -1,0 +1,187 @@
+"""predictions.jsonl: one line per completion, a task's lines together, appended when the task is done."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import arc
+from arc.task import same
+from qwen_lab import cli
+from qwen_lab.answering import Answer, Question
+
+Line = dict[str, Any]
+RESCORED = "rescore"
+
+
+def line(question: Question, answer: Answer | None, text: str | None) -> tuple[Line, arc.Sample | None]:
+    """What is kept of one completion, and how it reads; of a question without one, why there is none."""
+    fields: Line = {"task": question.task.id, "test": question.test, "augmentation": str(question.view)}
+    fields |= {"repeat": question.repeat, "prompt_tokens": len(question.tokens)}
+    if question.request is None or answer is None or text is None:
+        why = "prompt too long" if question.too_long else "none so probable"
+        return fields | {"text": None, "outcome": why, "detail": question.too_long}, None
+    sample = arc.ask.read(question.request, arc.Completion(text, answer.log_prob))
+    fields |= {
+        "dropped_pairs": list(question.request.prompt.dropped),
+        "tokens": len(answer.tokens),
+        "log_prob": answer.log_prob,
+        "text": text,
+        "outcome": outcome(sample, question.task),
+        "detail": sample.parsed.detail,
+        "notes": list(sample.parsed.notes),
+        "grid": None if sample.grid is None else sample.grid.tolist(),
+    }
+    return fields, sample
+
+
+def outcome(sample: arc.Sample, task: arc.Task) -> str:
+    """Why it did not parse, else `correct`, `wrong`, or `parsed` where the true answer is not known."""
+    if sample.grid is None:
+        return str(sample.parsed.reason)
+    truth = task.test[sample.test].output
+    return "parsed" if truth is None else "correct" if same(sample.grid, truth) else "wrong"
+
+
+def samples_of(lines: Sequence[Line], encoder: str, begun: str) -> list[arc.Sample]:
+    """The completions of lines read back, parsed anew."""
+    found = []
+    for fields in lines:
+        if fields["text"] is not None:
+            view = arc.Augmentation.parse(fields["augmentation"])
+            parsed = arc.parse.parse(fields["text"], encoder, begun)
+            grid = None if parsed.grid is None else view.invert(parsed.grid)
+            completion = arc.Completion(fields["text"], fields["log_prob"])
+            found.append(arc.Sample(fields["task"], fields["test"], view, completion, parsed, grid))
+    return found
+
+
+def rank(samples: Sequence[arc.Sample], lines: Sequence[Line], select: str) -> list[arc.vote.Candidate]:
+    """Candidates for one test input, best first; rescored ones by the `score` that their lines hold."""
+    if select != RESCORED:
+        return arc.SELECT[select](samples)
+    scores = {json.dumps(fields["grid"]): fields["score"] for fields in lines if fields.get("score") is not None}
+    ranked = [replace(c, score=scores.get(json.dumps(c.grid.tolist()))) for c in arc.vote.by_count(samples)]
+    return sorted(ranked, key=lambda c: -np.inf if c.score is None else c.score, reverse=True)  # stable among equals
+
+
+def choose(
+    task: arc.Task, lines: Sequence[Line], encoder: str, begun: str, select: str
+) -> list[list[arc.vote.Candidate]]:
+    """Candidates for each test input of a task, best first."""
+    ranked = []
+    for test in range(len(task.test)):
+        mine = [fields for fields in lines if fields["test"] == test]
+        ranked.append(rank(samples_of(mine, encoder, begun), mine, select))
+    return ranked
+
+
+def has_answers(task: arc.Task) -> bool:
+    return all(pair.output is not None for pair in task.test)
+
+
+class Tally:
+    """What is solved and parsed so far, for the progress bar."""
+
+    def __init__(self, choose: Callable[[arc.Task, Sequence[Line]], list[list[arc.vote.Candidate]]]):
+        self.choose, self.solved, self.parsed, self.all = choose, 0.0, 0, 0
+
+    def add(self, task: arc.Task, lines: Sequence[Line]) -> None:
+        self.all += len(lines)
+        self.parsed += sum(fields.get("grid") is not None for fields in lines)
+        if has_answers(task):
+            grids = [[candidate.grid for candidate in ranked] for ranked in self.choose(task, lines)]
+            self.solved += arc.score(arc.submission.to_json(arc.submission.from_predictions({task.id: grids})), [task])
+
+    def note(self, known: int) -> str:
+        return f"{self.solved:g}/{known} solved, {self.parsed / max(1, self.all):.0%} parsed"
+
+
+def same_run(directory: Path, wanted: dict[str, Any]) -> None:
+    """Writes what a resumed run must agree with; raises, naming the differences, if another run stands there."""
+    path = directory / "resume.json"
+    if not path.exists():
+        if (directory / "predictions.jsonl").exists():
+            raise arc.InputError(
+                f"--out {directory}: found predictions.jsonl without resume.json, expected both or none"
+            )
+        cli.write_text(path, json.dumps(wanted, indent=2) + "\n")
+        return
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise arc.InputError(f"{path}: found no JSON object, expected what an earlier run wrote") from None
+    differences = [
+        f"{name}={there.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise arc.InputError(f"--out {directory}: found another run, expected the same: {'; '.join(differences)}")
+
+
+class File:
+    """The file as it grows; opening it drops what a kill left half-written: a cut line, a task without all its lines."""
+
+    def __init__(self, path: Path, tasks: Sequence[arc.Task]):
+        self.path = path
+        self.done: list[list[Line]] = []
+        self._ends = [0]
+        data = path.read_bytes() if path.exists() else b""
+        at = 0
+        while at < len(data):
+            block, end = self._block(data, at, tasks)
+            if block is None:
+                break
+            self.done.append(block)
+            self._ends.append(end)
+            at = end
+
+    def _block(self, data: bytes, at: int, tasks: Sequence[arc.Task]) -> tuple[list[Line] | None, int]:
+        """The lines of the next task, and where they end; None if they are not all there."""
+        block: list[Line] = []
+        while not block or len(block) < block[0]["of"]:
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                return None, at
+            block.append(self._line(data[at:stop], block, tasks))
+            at = stop + 1
+        return block, at
+
+    def _line(self, text: bytes, block: list[Line], tasks: Sequence[arc.Task]) -> Line:
+        expected = tasks[len(self.done)].id if len(self.done) < len(tasks) else "no further line"
+        try:
+            found: Line = dict(json.loads(text))
+            right = found["task"] == expected and found["prediction"] == len(block) < found["of"]
+        except (ValueError, TypeError, KeyError):
+            found, right = {}, False
+        if not right:
+            said = f"task {found['task']!r}" if "task" in found else repr(text[:40])
+            number = sum(map(len, self.done)) + len(block) + 1
+            raise arc.InputError(
+                f"{self.path}: line {number}: found {said}, expected line {len(block)} of task {expected}"
+            )
+        return found
+
+    def keep(self, tasks: int) -> None:
+        """Cuts the file after its first tasks."""
+        self.done, self._ends = self.done[:tasks], self._ends[: tasks + 1]
+        if self.path.exists():
+            with open(self.path, "r+b") as handle:
+                handle.truncate(self._ends[-1])
+                os.fsync(handle.fileno())
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """A whole task; after this it survives a power cut."""
+        numbered = [{**fields, "prediction": index, "of": len(lines)} for index, fields in enumerate(lines)]
+        data = "".join(json.dumps(fields) + "\n" for fields in numbered).encode()
+        with open(self.path, "ab") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.done.append(numbered)
+        self._ends.append(self._ends[-1] + len(data))

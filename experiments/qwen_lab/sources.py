@@ -1,0 +1,215 @@
+"""Where SAE training gets its rows from: a model that is generating now, or the shards of an earlier run.
+
+Both give the same `Group`s: a few test inputs' activations, item after item and position after position, on the device.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+import arc
+import extract
+import qwen_eqx
+import sae
+from qwen_eqx.text.tokenizer import bucket
+from sae.data import buffer
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Activations of a few items, at every site in one row; where `valid` is False a row is padding."""
+
+    rows: Float[Array, "rows sites d_model"]
+    valid: Bool[Array, " rows"]
+
+    @classmethod
+    def of(cls, rows: Float[Array, "rows d_model"]) -> "Group":
+        """Rows of one site, all of them valid."""
+        return cls(rows[:, None], jnp.ones(rows.shape[0], bool))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Groups by number, `training` of them; those after are held out, and of tasks that training never sees."""
+
+    sites: tuple[str, ...]
+    d_model: int
+    dtype: jnp.dtype
+    training: int
+    held_out: int
+    held_out_tasks: tuple[str, ...]
+    largest: int  # rows a group may bring at most
+
+    def group(self, number: int) -> Group: ...
+
+
+class Live:
+    """Groups made by a model that continues prompts, one pass for all sites; they never leave its device."""
+
+    def __init__(
+        self,
+        model: qwen_eqx.Qwen,
+        tokenizer: qwen_eqx.Tokenizer,
+        items: Sequence[extract.Item],
+        *,
+        held_out: int,
+        sites: tuple[str, ...],
+        prompts: int,
+        max_new_tokens: int,
+    ):
+        self.sites, self.d_model, self.dtype = sites, model.config.d_model, jnp.dtype(model.dtype)
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.capture = qwen_eqx.Capture(sites=sites, positions="all")
+        self.capture.resolve(model.config)  # raises now for a site that cannot be captured
+        first, self.held_out_tasks = split([item.task.id for item in items], held_out)
+        self.groups = [items[part] for part in _parts(len(items), first, prompts)]
+        self.training = len(list(_parts(first, first, prompts)))
+        self.held_out = len(self.groups) - self.training
+        self.largest = max(sum(len(item.tokens) + max_new_tokens for item in group) for group in self.groups)
+
+    def group(self, number: int) -> Group:
+        """The activations at every position read: the prompt's, and each generated token's but the last."""
+        items = self.groups[number]
+        out = qwen_eqx.generate(
+            self.model,
+            [item.tokens for item in items],
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=self.tokenizer.eos_ids,
+            pad_token=self.tokenizer.pad_id,
+            capture=self.capture,
+        )
+        assert out.prompt_activations is not None
+        assert out.activations is not None
+        return _flat(
+            out.prompt_activations,
+            out.activations,
+            jnp.asarray([len(item.tokens) for item in items], jnp.int32),
+            out.lengths,
+        )
+
+
+@jax.jit
+def _flat(prompt: Array, generated: Array, prompt_lengths: Array, lengths: Array) -> Group:
+    """One row per position: the prompt's last one produced token 0 and stands first among the generated."""
+    sites, _, width, d_model = prompt.shape
+    rows = jnp.concatenate([prompt[:, :, : width - 1], generated], axis=2)
+    read = jnp.arange(width - 1)[None] >= width - prompt_lengths[:, None]
+    wrote = jnp.arange(generated.shape[2])[None] < lengths[:, None]
+    valid = jnp.concatenate([read, wrote], axis=1)
+    return Group(jnp.moveaxis(rows, 0, 2).reshape(-1, sites, d_model), valid.reshape(-1))
+
+
+jax.tree_util.register_dataclass(Group, data_fields=["rows", "valid"], meta_fields=[])
+
+
+class Stored:
+    """Groups read back from a store that `extract.py` wrote, as many items at a time as the live run has prompts."""
+
+    def __init__(self, store: sae.ActivationStore, *, held_out: int, sites: tuple[str, ...], prompts: int):
+        self.sites, self.d_model, self.dtype = sites, store.manifest.d_model, jnp.dtype(store.manifest.dtype)
+        self.store = store.select(*sites)
+        if not len(store):
+            raise sae.InputError(f"{store.directory}: found no committed rows, expected some to train on")
+        item = self.store.column("item")
+        numbers, said = np.unique(item), store.items  # an item whose sidecar names no task is one by itself
+        first, self.held_out_tasks = split([str(said[int(number)].get("task", number)) for number in numbers], held_out)
+        parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
+        self.ranges = [
+            (int(np.searchsorted(item, part[0])), int(np.searchsorted(item, part[-1], "right"))) for part in parts
+        ]
+        self.training = len(list(_parts(first, first, prompts)))
+        self.held_out = len(parts) - self.training
+        self.largest = max(end - start for start, end in self.ranges)
+
+    def group(self, number: int) -> Group:
+        start, end = self.ranges[number]
+        rows = np.asarray(self.store[start:end].activations)
+        room = bucket(end - start)  # few shapes, so few compilations
+        padded = np.zeros((room, *rows.shape[1:]), rows.dtype)
+        padded[: end - start] = rows
+        return Group(jnp.asarray(padded), jnp.arange(room) < end - start)
+
+
+def read_items(
+    tasks: Sequence[arc.Task],
+    max_tokens: int,
+    model: qwen_eqx.QwenConfig,
+    tokenizer: qwen_eqx.Tokenizer,
+    encoder: str = arc.DEFAULT_ENCODER,
+    form: str = arc.DEFAULT_PROMPT,
+) -> list[extract.Item]:
+    """Every test input whose prompt fits, with training pairs left out if need be."""
+    template = tokenizer.render_chat if tokenizer.chat_template is not None else None
+    arc.prompt.prefill(encoder, form)  # a wrong name raises here, not as a prompt too long
+    items = []
+    for task in tasks:
+        for test in range(len(task.test)):
+            try:
+                prompt = arc.prompt.build(
+                    task,
+                    test,
+                    encoder=encoder,
+                    form=form,
+                    template=template,
+                    count=lambda text: len(tokenizer.encode(text)),
+                    budget=min(max_tokens, model.max_seq),
+                )
+            except arc.InputError:  # too long even with one pair
+                continue
+            items.append(extract.Item(task, test, prompt, tokenizer.encode(prompt.text)))
+    if not items:
+        raise arc.InputError(
+            f"prompt tokens at most {max_tokens}: found no prompt of {len(tasks)} tasks that fits, expected some"
+        )
+    return items
+
+
+def split(tasks: Sequence[str], held_out: int) -> tuple[int, tuple[str, ...]]:
+    """(items of the tasks to train on, the last `held_out` tasks): no task is on both sides."""
+    names = list(dict.fromkeys(tasks))
+    if not 1 <= held_out < len(names):
+        raise sae.InputError(
+            f"--held-out: found {held_out}, expected 1 to {len(names) - 1}: there are {len(names)} tasks"
+        )
+    kept_back = tuple(names[-held_out:])
+    return next(index for index, task in enumerate(tasks) if task in kept_back), kept_back
+
+
+def _parts(count: int, first: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size`, none of which crosses `first`."""
+    for low, high in ((0, first), (first, count)):
+        yield from (slice(at, min(at + size, high)) for at in range(low, high, size))
+
+
+def wanted(group: Group, sink_times: float) -> Bool[Array, " rows"]:
+    """The valid rows; if `sink_times` is above 0, without those whose norm at any site is over that many medians there."""
+    return _wanted(group, sink_times) if sink_times else group.valid
+
+
+@functools.partial(jax.jit, static_argnames="sink_times")
+def _wanted(group: Group, sink_times: float) -> Array:
+    # NaN rows count neither as rows nor in the median
+    rows = jnp.where(group.valid[:, None, None], group.rows.astype(jnp.float32), jnp.nan)
+    return jnp.all(jax.vmap(buffer.not_a_sink, (1, None), 1)(rows, sink_times), axis=1)
+
+
+def held_out_rows(source: Source, sink_times: float) -> Float[Array, "rows sites d_model"]:
+    """All wanted rows of the held-out tasks, on the device; only the mask is looked at by the host."""
+    parts = []
+    for number in range(source.training, source.training + source.held_out):
+        group = source.group(number)
+        places = np.flatnonzero(np.asarray(wanted(group, sink_times)))
+        parts.append(group.rows[jnp.asarray(places)])
+    return jnp.concatenate(parts)
+
+
+def batches_of(rows: Float[Array, "rows d_model"], size: int = 4096) -> Iterator[Array]:
+    """The rows in order, `size` at a time."""
+    for start in range(0, rows.shape[0], size):
+        yield rows[start : start + size]

@@ -1,0 +1,1 @@
+"""Prompts in, tokens and activations out, in one compiled loop."""

@@ -1,0 +1,285 @@
+"""The compiled pieces of generation: read prompts, take a step, loop until all rows are done."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from qwen_eqx.generation.buffer import ActivationBuffer
+from qwen_eqx.generation.sample import AbstractSampler, needs_seen
+from qwen_eqx.model.cache import KVCache
+from qwen_eqx.model.edits import AbstractEdit, EditTap
+from qwen_eqx.model.qwen import Qwen
+from qwen_eqx.model.sites import Recorder, Site
+
+
+class GenerationState(eqx.Module):
+    """All that one step needs and changes. Columns are a ring: token i of a row is in column (first + i) % new."""
+
+    cache: KVCache
+    token: Int[Array, " batch"]  # chosen last, not yet read by the model
+    tokens: Int[Array, "batch new"]  # chosen so far; the pad token elsewhere
+    log_probs: Float32[Array, "batch new"]  # of the chosen tokens under the model; 0 elsewhere
+    buffer: ActivationBuffer | None  # column t: what produced token t; 0 elsewhere
+    seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and output; kept only for samplers that ask
+    column: Int[Array, ""]  # columns written so far
+    first: Int[Array, " batch"]  # the column of each row's token 0
+    length: Int[Array, " batch"]  # tokens generated, the stop token included
+    limit: Int[Array, " batch"]  # tokens after which a row is done; at most `new`
+    done: Bool[Array, " batch"]
+    prompt_length: Int[Array, " batch"]
+    keys: Key[Array, " batch"]  # folded from (seed, item, sample); each step folds itself in
+
+    @property
+    def activations(self) -> Float[Array, "sites batch new d_model"] | None:
+        """What the buffer holds."""
+        return None if self.buffer is None else self.buffer.values
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is fixed when the loop is compiled."""
+
+    new: int  # columns = the most tokens a row may generate
+    kv_seq: int  # slots of the cache
+    cache_dtype: str
+    stop_tokens: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    pad_token: int = 0
+    sites: tuple[Site, ...] = ()
+    keep_generated: bool = False
+    keep_prompt: bool = False
+    capture_dtype: str = "bfloat16"
+    prefill_chunk: int = 1 << 30  # prompts wider than this are read in pieces of it
+    stride: int = 1  # steps between two looks at whether all rows are done
+
+
+class PromptState(eqx.Module):
+    """Prompts that were read once and can be continued any number of times."""
+
+    cache: KVCache
+    logits: Float32[Array, "prompts vocab"]
+    last: Float[Array, "sites prompts 1 d_model"] | None  # what produced those logits
+    seen: Bool[Array, "prompts vocab"] | None
+    lengths: Int[Array, " prompts"]
+    activations: Float[Array, "sites prompts prompt d_model"] | None  # of the whole prompts; 0 at pads
+
+
+class Generator(eqx.Module):
+    """Sampler, edits and settings: with a model, everything needed to prefill, step and loop."""
+
+    sampler: AbstractSampler
+    edits: tuple[AbstractEdit, ...]
+    settings: Settings = eqx.field(static=True)
+
+    def prefill(
+        self,
+        model: Qwen,
+        tokens: Int[Array, "prompts prompt"],
+        lengths: Int[Array, " prompts"],
+        keys: Key[Array, " batch"],
+    ) -> tuple[GenerationState, Float[Array, "sites prompts prompt d_model"] | None]:
+        """Reads left-padded prompts once and chooses the first token of batch = n · prompts rows, n for each prompt."""
+        prompt = self.read(model, tokens, lengths)
+        return self.begin(model, prompt, keys), prompt.activations
+
+    def read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]) -> PromptState:
+        """Reads left-padded prompts."""
+        x, cache, last, kept = self._read(model, tokens, lengths)
+        seen = _mark(tokens, lengths, model.config.vocab) if needs_seen(self.sampler) else None
+        return PromptState(cache, model.logits(x), last, seen, lengths, kept)
+
+    def begin(self, model: Qwen, prompt: PromptState, keys: Key[Array, " batch"]) -> GenerationState:
+        """Chooses the first token of each row; several rows may share a prompt."""
+        copies = keys.shape[0] // prompt.lengths.shape[0]
+        cache, logits, last, seen, lengths = prompt.cache, prompt.logits, prompt.last, prompt.seen, prompt.lengths
+        if copies > 1:
+            cache, seen, logits, lengths = _repeat((cache, seen, logits, lengths), copies, axis=0)
+            last = _repeat(last, copies, axis=1)
+        state = self.empty(model, cache, lengths, keys, seen)
+        state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
+        return self.choose(state, logits, last)
+
+    def empty(
+        self,
+        model: Qwen,
+        cache: KVCache,
+        prompt_length: Int[Array, " batch"],
+        keys: Key[Array, " batch"],
+        seen: Bool[Array, "batch vocab"] | None,
+    ) -> GenerationState:
+        """A state in which nothing was generated and every row is done."""
+        new, batch, buffer = self.settings.new, keys.shape[0], None
+        if self.settings.keep_generated:
+            buffer = ActivationBuffer.init(
+                sites=len(self.settings.sites),
+                batch=batch,
+                new=new,
+                d_model=model.config.d_model,
+                dtype=self.settings.capture_dtype,
+            )
+        return GenerationState(
+            cache=cache,
+            token=jnp.zeros(batch, jnp.int32),
+            tokens=jnp.full((batch, new), self.settings.pad_token, jnp.int32),
+            log_probs=jnp.zeros((batch, new), jnp.float32),
+            buffer=buffer,
+            seen=seen,
+            column=jnp.zeros((), jnp.int32),
+            first=jnp.zeros(batch, jnp.int32),
+            length=jnp.zeros(batch, jnp.int32),
+            limit=jnp.full(batch, new, jnp.int32),
+            done=jnp.ones(batch, bool),
+            prompt_length=prompt_length,
+            keys=keys,
+        )
+
+    def step(self, model: Qwen, state: GenerationState) -> GenerationState:
+        """Reads each row's last token and chooses its next one; rows that are done keep what they have."""
+        x, cache, values = self._forward(model, state.token[:, None], state.cache, state.prompt_length)
+        state = eqx.tree_at(lambda s: s.cache, state, cache)
+        return self.choose(state, model.logits(x[:, 0]), values if self.settings.keep_generated else None)
+
+    def loop(self, model: Qwen, state: GenerationState) -> GenerationState:
+        """Steps until every row is done, looking every `stride` steps."""
+
+        def steps(state: GenerationState) -> GenerationState:
+            return jax.lax.fori_loop(0, self.settings.stride, lambda _, s: self.step(model, s), state)
+
+        return jax.lax.while_loop(lambda s: ~s.done.all(), steps, state)
+
+    def choose(
+        self,
+        state: GenerationState,
+        logits: Float32[Array, "batch vocab"],
+        produced_by: Float[Array, "sites batch 1 d_model"] | None,
+    ) -> GenerationState:
+        """Chooses a token per row and writes it, its log-probability and its activations into the next column."""
+        live = ~state.done
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.column - state.first)
+        token = self.sampler(logits, keys, state.seen)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        at = state.column % self.settings.new
+        tokens = _write_column(state.tokens, token, live, at)
+        buffer = state.buffer
+        if buffer is not None and produced_by is not None:
+            buffer = buffer.write(produced_by, live, at)
+        length = state.length + live.astype(jnp.int32)
+        seen = state.seen
+        if seen is not None:
+            seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+        return GenerationState(
+            cache=state.cache,
+            token=jnp.where(live, token, state.token),
+            tokens=tokens,
+            log_probs=_write_column(state.log_probs, log_prob, live, at),
+            buffer=buffer,
+            seen=seen,
+            column=state.column + 1,
+            first=state.first,
+            length=length,
+            limit=state.limit,
+            done=state.done | (length >= state.limit) | self._stops(tokens, token, length, state.column),
+            prompt_length=state.prompt_length,
+            keys=state.keys,
+        )
+
+    def _stops(
+        self,
+        tokens: Int[Array, "batch new"],
+        token: Int[Array, " batch"],
+        length: Int[Array, " batch"],
+        column: Int[Array, ""],
+    ) -> Bool[Array, " batch"]:
+        stops = jnp.zeros(token.shape, bool)
+        for stop in self.settings.stop_tokens:
+            stops |= token == stop
+        for sequence in self.settings.stop_sequences:
+            columns = (column - jnp.arange(len(sequence) - 1, -1, -1)) % self.settings.new
+            same = (tokens[:, columns] == jnp.asarray(sequence, jnp.int32)[None, :]).all(-1)
+            stops |= same & (length >= len(sequence))  # a stop never matches the prompt
+        return stops
+
+    def _forward(
+        self,
+        model: Qwen,
+        tokens: Int[Array, "rows seq"],
+        cache: KVCache,
+        prompt_length: Int[Array, " rows"],
+        *,
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
+        """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
+        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length)
+        recorder = Recorder(self.settings.sites, edit)
+        x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
+        if not self.settings.sites:
+            return x, cache, None
+        wanted = slice(0 if self.settings.keep_prompt else -1, None)  # the last position is what a token is chosen from
+        values = jnp.stack([recorder.values[site][:, wanted] for site in self.settings.sites])
+        return x, cache, values.astype(self.settings.capture_dtype)
+
+    def _read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]):
+        """The last position's residual stream, the cache, and captured activations of the last and of all positions."""
+        prompts, width = tokens.shape
+        empty = KVCache.init(model.config, batch=prompts, kv_seq=self.settings.kv_seq, dtype=self.settings.cache_dtype)
+        empty = eqx.tree_at(lambda c: c.length, empty, lengths - width)  # the pads come first
+        if width <= self.settings.prefill_chunk:
+            x, cache, kept = self._forward(model, tokens, empty, lengths, fresh=True)
+            last = None if kept is None else kept[:, :, -1:]
+            return x[:, -1], cache.grown(empty), last, self._without_pads(kept, lengths)
+        chunk = self.settings.prefill_chunk
+        kept = None
+        if self.settings.keep_prompt:
+            kept = jnp.zeros(
+                (len(self.settings.sites), prompts, width, model.config.d_model), self.settings.capture_dtype
+            )
+
+        def read(i: Int[Array, ""], carry):
+            cache, _, _, kept = carry
+            part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+            x, cache, values = self._forward(model, part, cache, lengths)
+            if kept is not None and values is not None:
+                kept = jax.lax.dynamic_update_slice_in_dim(kept, values, i * chunk, axis=2)
+            return cache, x[:, -1], None if values is None else values[:, :, -1:], kept
+
+        x = jnp.zeros((prompts, model.config.d_model), model.dtype)
+        last = None
+        if self.settings.sites:
+            last = jnp.zeros((len(self.settings.sites), prompts, 1, model.config.d_model), self.settings.capture_dtype)
+        cache, x, last, kept = jax.lax.fori_loop(0, width // chunk, read, (empty, x, last, kept))
+        return x, cache, last, self._without_pads(kept, lengths)
+
+    def _without_pads(
+        self, kept: Float[Array, "sites prompts prompt d_model"] | None, lengths: Int[Array, " prompts"]
+    ) -> Float[Array, "sites prompts prompt d_model"] | None:
+        if kept is None or not self.settings.keep_prompt:
+            return None
+        real = jnp.arange(kept.shape[2])[None, :] >= kept.shape[2] - lengths[:, None]
+        return jnp.where(real[None, :, :, None], kept, jnp.zeros((), kept.dtype))
+
+
+def _write_column(
+    rows: Float32[Array, "batch new"] | Int[Array, "batch new"],
+    value: Float32[Array, " batch"] | Int[Array, " batch"],
+    live: Bool[Array, " batch"],
+    at: Int[Array, ""],
+) -> Float32[Array, "batch new"] | Int[Array, "batch new"]:
+    """Puts `value` in column `at` of the rows that are live: one slice update for the batch."""
+    old = jax.lax.dynamic_slice_in_dim(rows, at, 1, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(rows, jnp.where(live[:, None], value[:, None], old), at, axis=1)
+
+
+def _repeat(tree, copies: int, *, axis: int):
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=axis) if leaf.ndim else leaf, tree)
+
+
+def _mark(tokens: Int[Array, "rows seq"], lengths: Int[Array, " rows"], vocab: int) -> Bool[Array, "rows {vocab}"]:
+    """Which tokens stand in each left-padded row."""
+    rows, seq = tokens.shape
+    real = jnp.arange(seq)[None, :] >= seq - lengths[:, None]
+    marks = jnp.zeros((rows, vocab), bool)
+    return marks.at[jnp.arange(rows)[:, None], jnp.where(real, tokens, vocab)].set(True, mode="drop")

@@ -1,0 +1,125 @@
+"""Named places in the model: what can be read or edited, in TransformerLens' spelling and in Hugging Face's."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from qwen_eqx.errors import InputError
+from qwen_eqx.model.config import QwenConfig
+
+# kind -> (TransformerLens suffix, Hugging Face module whose output it is, or None where no module puts it out)
+KINDS: dict[str, tuple[str, str | None]] = {
+    "resid_pre": ("hook_resid_pre", None),
+    "resid_mid": ("hook_resid_mid", None),
+    "resid_post": ("hook_resid_post", ""),
+    "attn_out": ("hook_attn_out", "self_attn"),
+    "mlp_out": ("hook_mlp_out", "mlp"),
+    "q": ("attn.hook_q", "self_attn.q_proj"),  # before q/k norm and RoPE, as in TransformerLens
+    "k": ("attn.hook_k", "self_attn.k_proj"),
+    "v": ("attn.hook_v", "self_attn.v_proj"),
+    "z": ("attn.hook_z", None),  # what the output projection reads, heads side by side
+    "mlp_post": ("mlp.hook_post", None),  # silu(gate) · up
+}
+D_MODEL_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+_TL_KINDS = {tl: kind for kind, (tl, _) in KINDS.items()}
+_HF_KINDS = {hf: kind for kind, (_, hf) in KINDS.items() if hf is not None}
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Site:
+    """One place: the activation of `kind` in block `layer`; prints as TransformerLens spells it."""
+
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"blocks.{self.layer}.{KINDS[self.kind][0] if self.kind in KINDS else self.kind}"
+
+    @classmethod
+    def parse(cls, name: "str | Site", config: QwenConfig) -> "Site":
+        """Reads `blocks.12.hook_resid_post` or `model.layers.12`; an unknown name raises and says which exist."""
+        if isinstance(name, Site):
+            site: Site | None = name
+        elif match := re.fullmatch(r"blocks\.(\d{1,6})\.([\w.]+)", name):
+            site = cls(int(match[1]), _TL_KINDS[match[2]]) if match[2] in _TL_KINDS else None
+        elif match := re.fullmatch(r"model\.layers\.(\d{1,6})(?:\.([\w.]+))?", name):
+            site = cls(int(match[1]), _HF_KINDS[match[2] or ""]) if (match[2] or "") in _HF_KINDS else None
+        else:
+            site = None
+        if site is None or site.kind not in KINDS or not 0 <= site.layer < config.layers:
+            raise InputError(f"site {str(name)!r} does not exist; this model has {describe_sites(config)}")
+        return site
+
+    def width(self, config: QwenConfig) -> int:
+        """Values per position."""
+        heads = {"q": config.heads, "z": config.heads, "k": config.kv_heads, "v": config.kv_heads}
+        if self.kind in heads:
+            return heads[self.kind] * config.d_head
+        return config.d_ff if self.kind == "mlp_post" else config.d_model
+
+
+def describe_sites(config: QwenConfig) -> str:
+    """One line that lists every site of a model in both spellings."""
+    last = config.layers - 1
+    tl = ", ".join(tl for tl, _ in KINDS.values())
+    hf = ", ".join(f".{hf}" for _, hf in KINDS.values() if hf)
+    return f"blocks.0 … blocks.{last} followed by .{{{tl}}}, or model.layers.0 … model.layers.{last} alone or with {{{hf}}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """Which d_model-wide sites to keep while generating.
+
+    `layers` is the common case, the residual stream after those blocks; `sites` names places one by one.
+    """
+
+    layers: Iterable[int] = ()
+    sites: Iterable[str | Site] = ()
+    positions: Literal["generated", "prompt", "all"] = "generated"  # generated: those whose logits chose a token
+    dtype: jax.typing.DTypeLike | None = None  # of the buffer; None: the model's
+
+    def resolve(self, config: QwenConfig) -> tuple[Site, ...]:
+        """The sites in the order of the buffer; raises for unknown, repeated, or not d_model-wide ones."""
+        names: list[str | Site] = [Site(layer, "resid_post") for layer in self.layers]
+        if self.positions not in ("generated", "prompt", "all"):
+            raise InputError(f"Capture.positions: found {self.positions!r}, expected 'generated', 'prompt' or 'all'")
+        sites = tuple(Site.parse(name, config) for name in [*names, *self.sites])
+        if not sites:
+            raise InputError("Capture names no site; give layers=... or sites=..., or capture=None")
+        for site in sites:
+            if site.kind not in D_MODEL_KINDS:
+                raise InputError(
+                    f"site '{site}' is {site.width(config)} wide; generate captures d_model-wide sites only "
+                    f"({', '.join(D_MODEL_KINDS)}); use model.run_with_capture for the others"
+                )
+            if sites.count(site) > 1:
+                raise InputError(f"site '{site}' is named more than once")
+        return sites
+
+
+# Called at every site while a forward pass is traced; what it returns goes on through the model.
+Tap = Callable[[Site, Float[Array, "batch seq width"]], Float[Array, "batch seq width"]]
+
+
+def untouched(site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    """The tap that reads nothing and changes nothing."""
+    return value
+
+
+class Recorder:
+    """A tap that keeps the wanted sites' values, after `inner` has had them; lives inside one trace."""
+
+    def __init__(self, wanted: Iterable[Site], inner: Tap = untouched):
+        self.wanted = frozenset(wanted)
+        self.inner = inner
+        self.values: dict[Site, Float[Array, "batch seq width"]] = {}
+
+    def __call__(self, site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+        value = self.inner(site, value)
+        if site in self.wanted:
+            self.values[site] = value
+        return value

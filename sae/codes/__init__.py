@@ -1,0 +1,1 @@
+"""Sparse codes, and the products that touch only the rows they name."""

@@ -1,0 +1,1 @@
+"""What a dictionary is worth, and what its latents fire on."""

@@ -1,0 +1,93 @@
+"""SAEs from anywhere: a directory, a file or a hub id, in SAELens' form or another team's.
+
+sae.save(module, directory, metadata)
+module = sae.load("directory or org/name[/folder or file]")
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.errors
+import numpy as np
+from jaxtyping import Float
+
+from sae.errors import InputError
+from sae.formats.foreign import READERS, Description, build, read_dictionary_learning, read_gemma_scope, read_qwen_scope
+from sae.formats.saelens import CONFIG, SPARSITY, WEIGHTS, read_density, read_saelens
+from sae.forms.models import AbstractSAE
+
+
+class Loaded(NamedTuple):
+    """An SAE with what its directory says of it."""
+
+    module: AbstractSAE
+    metadata: dict[str, Any]  # model_name, hook_name and whatever else was saved
+    density: Float[np.ndarray, " d_sae"] | None  # fraction of tokens on which each latent fired
+
+
+def load(source: str | Path, *, revision: str | None = None, k: int | None = None) -> AbstractSAE:
+    """The SAE in a directory or file of any known format, or at a hub id (`org/name`, `org/name/folder`, `…/file`)."""
+    return load_with_metadata(source, revision=revision, k=k).module
+
+
+def load_with_metadata(source: str | Path, *, revision: str | None = None, k: int | None = None) -> Loaded:
+    """As `load`, with metadata and densities; `k` is for Qwen-Scope files whose path does not name it."""
+    path = Path(source)
+    if not path.exists():
+        path = _download(str(source), revision)
+    description = read_saelens(path) if (path / WEIGHTS).is_file() else _read_foreign(path, k)
+    module = build(path, description)
+    return Loaded(module, dict(description.metadata), read_density(path, module.d_sae))
+
+
+def _read_foreign(path: Path, k: int | None) -> Description:
+    """The description of a file or directory that is not SAELens', told by its file names."""
+    if path.is_file():
+        if path.name.endswith(".sae.pt"):
+            return read_qwen_scope(path, k)
+        if path.name == "ae.pt":
+            return read_dictionary_learning(path)
+        if path.suffix == ".npz" or path.name == "params.safetensors":
+            return read_gemma_scope(path)
+        raise InputError(f"{path}: found no known SAE file, expected ae.pt, params.npz, params.safetensors or *.sae.pt")
+    for name, read in READERS.items():
+        if (path / name).is_file():
+            return read(path)
+    layers = sorted(each.name for each in path.glob("*.sae.pt"))
+    if len(layers) == 1:
+        return read_qwen_scope(path / layers[0], k)
+    expected = f"one of {layers[0]} … {layers[-1]}" if layers else f"a directory with {WEIGHTS}, {', '.join(READERS)}"
+    raise InputError(f"{path}: found {len(layers)} *.sae.pt and no other known SAE, expected {expected}")
+
+
+def _download(source: str, revision: str | None) -> Path:
+    """The files of one SAE at a hub id, fetched or from the cache."""
+    parts = source.split("/")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.=,-]+)*", source) or set(parts) & {".", ".."}:
+        raise InputError(f"{source}: found no such file or directory, expected one or a hub id org/name[/folder]")
+    repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
+    if inner.endswith((".pt", ".npz", ".safetensors")):
+        wanted = [inner]
+        if inner.endswith("ae.pt") and not inner.endswith(".sae.pt"):
+            wanted.append(os.path.join(os.path.dirname(inner), "config.json"))
+    else:
+        names = [CONFIG, WEIGHTS, SPARSITY, "config.json", *READERS]
+        wanted = [f"{inner}/{name}" if inner else name for name in names]
+    try:
+        snapshot = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{source}: found no local path and could not fetch {repository} ({type(error).__name__}: {reason:.120}), "
+            f"expected one or the other; fetch it where there is a network with `hf download {repository} --include "
+            f"'{wanted[0]}'` into the cache {cache}"
+        ) from None
+    path = Path(snapshot) / inner
+    if not path.exists():
+        raise InputError(f"{source}: found no {inner} in {repository}, expected the folder or file of one SAE")
+    return path

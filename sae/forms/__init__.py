@@ -1,0 +1,1 @@
+"""Forms of dictionaries: what each keeps, minimizes and keeps true."""
