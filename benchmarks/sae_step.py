@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 import measure
 import sae
-from sae.forms import objectives
-from sae.training import loop as train
+from sae import training as train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +132,20 @@ def piece_seconds(case: Case, config: Config) -> tuple[float, float]:
     module, dtype = build(case, 0), jnp.dtype(case.dtype)
     told = train.TrainConfig(steps=1)
     numbers = train.hyper(module, told)
-    slots = case.k if case.form == "topk" else told.slots * case.k
+    candidates = module.candidates(told.candidates)
     x = jax.random.normal(jax.random.key(0), (config.batch, case.d_model))
-    choose = eqx.filter_jit(lambda module, x: objectives.select(module, x, numbers, dtype, slots))
+    choose = eqx.filter_jit(lambda module, x: module.select(x, numbers, dtype, candidates))
     chosen = choose(module, x)
 
     def loss(module, x, chosen):
-        return objectives.sparse_objective(module, x, x, chosen)[0]
+        return module.sparse_loss(x, x, chosen).loss
 
     gradient = eqx.filter_jit(eqx.filter_grad(loss))
     return measure.seconds(lambda: choose(module, x), 3), measure.seconds(lambda: gradient(module, x, chosen), 3)
 
 
 def build(case: Case, seed: int) -> Any:
-    return sae.FORMS[case.form].init(d_model=case.d_model, d_sae=case.d_sae, k=case.k, key=jax.random.key(seed))  # type: ignore[call-arg]
+    return sae.FORMS[case.form].init(d_model=case.d_model, d_sae=case.d_sae, k=case.k, key=jax.random.key(seed))
 
 
 def peer_seconds(cases: list[Case], config: Config) -> dict[str, Any]:

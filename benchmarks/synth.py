@@ -21,10 +21,10 @@ import numpy as np
 import measure
 import sae
 from qwen_eqx import InputError
-from sae import AbstractSAE
+from sae import AbstractDictionary
+from sae import training as train
 from sae.data import synthetic
 from sae.evaluation import metrics
-from sae.training import loop as train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def one(shape: Shape, work: Path, config: Config, trainer: Trainer, form: str, s
     return {"seconds": found["seconds"], **score(sae.load(directory), work), "versions": found["versions"]}
 
 
-def fit(shape: Shape, work: Path, config: Config, form: str, seed: int) -> AbstractSAE:
+def fit(shape: Shape, work: Path, config: Config, form: str, seed: int) -> AbstractDictionary:
     """Our trainer over the same rows."""
     rows = np.load(work / "train.npy", mmap_mode="r")
     per_pass = shape.rows // shape.batch
@@ -119,7 +119,7 @@ def fit(shape: Shape, work: Path, config: Config, form: str, seed: int) -> Abstr
     extra: dict[str, Any] = {} if form == "jumprelu" else {"k": shape.k}
     if form == "matryoshka":
         extra["widths"] = shape.widths
-    module = sae.FORMS[form].init(d_model=rows.shape[1], d_sae=shape.d_sae, key=jax.random.key(seed), **extra)  # type: ignore[call-arg]
+    module = sae.FORMS[form].init(d_model=rows.shape[1], d_sae=shape.d_sae, key=jax.random.key(seed), **extra)
     told = train.TrainConfig(
         steps=steps,
         learning_rate=config.learning_rate,
@@ -144,7 +144,7 @@ def fit(shape: Shape, work: Path, config: Config, form: str, seed: int) -> Abstr
     return train.finish(last)
 
 
-def score(module: AbstractSAE, work: Path) -> dict[str, float]:
+def score(module: AbstractDictionary, work: Path) -> dict[str, float]:
     """Held-out metrics of a module, whoever trained it."""
     x, true = jnp.asarray(np.load(work / "held_out.npy")), jnp.asarray(np.load(work / "directions.npy"))
     coefficients = np.load(work / "coefficients.npy", mmap_mode="r")

@@ -129,7 +129,7 @@ def read_documents(
 
 
 def evaluate(
-    config: Config, module: sae.AbstractSAE, place: places.Place, data: Data, out: Path, name: str
+    config: Config, module: sae.AbstractDictionary, place: places.Place, data: Data, out: Path, name: str
 ) -> dict[str, Any]:
     """All metrics of one SAE; pictures and the report go to `out`."""
     out.mkdir(exist_ok=True, parents=True)
@@ -159,7 +159,7 @@ def evaluate(
 
 
 def reconstruct(
-    module: sae.AbstractSAE,
+    module: sae.AbstractDictionary,
     found: list[pages.Document],
     read: list[jax.Array],
     written: list[jax.Array],
@@ -182,7 +182,9 @@ def reconstruct(
     return totals[1], {"position": _named(totals[0], starts), "task": _named(totals[1], tasks)}
 
 
-def _totals(module: sae.AbstractSAE, x: jax.Array, y: jax.Array, group: np.ndarray, groups: int) -> metrics.Totals:
+def _totals(
+    module: sae.AbstractDictionary, x: jax.Array, y: jax.Array, group: np.ndarray, groups: int
+) -> metrics.Totals:
     mean = jnp.mean(y.astype(jnp.float32), axis=0)
     parts = zip(*map(sources.batches_of, (x, y, jnp.asarray(group, jnp.int32))), strict=True)
     found = [metrics.totals(module, rows, mean, of, groups, target) for rows, target, of in parts]
@@ -196,7 +198,7 @@ def _named(total: metrics.Totals, names: Sequence[str]) -> dict[str, dict[str, f
     return {name: row for name, row in rows.items() if row["rows"] and np.isfinite(row["fvu"])}
 
 
-def form_of(module: sae.AbstractSAE) -> str:
+def form_of(module: sae.AbstractDictionary) -> str:
     return next(name for name, form in sae.FORMS.items() if type(module) is form)
 
 

@@ -89,7 +89,7 @@ def main(config: Config) -> None:
 
 
 def pick(
-    model: qwen_eqx.Qwen, module: sae.AbstractSAE, items: list[extract.Item], site: str, latent: int | None
+    model: qwen_eqx.Qwen, module: sae.AbstractDictionary, items: list[extract.Item], site: str, latent: int | None
 ) -> tuple[int, float]:
     """The latent asked for or chosen, and its largest value on the prompts."""
     codes = [splicing.encoded(module, splicing.captured(model, item.tokens, [site])[site]) for item in items]
@@ -107,7 +107,9 @@ def printable(text: str) -> Text:
     return Text("".join(each if each.isprintable() or each == "\n" else "·" for each in text))
 
 
-def make_edit(config: Config, module: sae.AbstractSAE, latent: int, value: float, site: str) -> qwen_eqx.AbstractEdit:
+def make_edit(
+    config: Config, module: sae.AbstractDictionary, latent: int, value: float, site: str
+) -> qwen_eqx.AbstractEdit:
     if config.mode == "add":
         return qwen_eqx.Steer(module.decoder[latent], value, site=site, where=config.where)
     held = splicing.Clamped(module, jnp.int32(latent), jnp.float32(value))

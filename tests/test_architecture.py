@@ -28,12 +28,17 @@ ORDER = {
     },
     "sae": {
         "": ["errors", "files"],
-        "codes": ["sparse"],
-        "forms": ["abstract", "models", "losses", "objectives"],
-        "data": ["plan", "store", "buffer", "synthetic"],
-        "training": ["state", "step", "loop", "checkpoint"],
-        "formats": ["torchzip", "foreign", "saelens", "load"],
-        "evaluation": ["metrics", "survey", "report"],
+        "codes": ["select", "products"],
+        "forms": [
+            "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
+            "crosscoder", "clamped",
+        ],
+        "data": ["plan", "rows", "store", "buffer", "synthetic"],
+        "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
+        "formats": [
+            "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
+        ],
+        "evaluation": ["metrics", "codes", "survey", "report"],
     },
 }  # fmt: skip
 FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}

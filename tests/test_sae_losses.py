@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae.forms import losses
+from sae.forms import gated, jumprelu, losses, matryoshka
 
 RNG = np.random.default_rng(0)
 X, X_HAT = RNG.normal(size=(2, 6, 4)).astype(np.float32)
@@ -28,7 +28,7 @@ def test_l0_l1_and_target():
     np.testing.assert_allclose(losses.l0(jnp.array(z)), (z > 0).sum() / 6, **TIGHT)
     expected = (z * np.linalg.norm(decoder, axis=1)).sum() / 6
     np.testing.assert_allclose(losses.l1(jnp.array(z), jnp.array(decoder)), expected, **TIGHT)
-    each = losses.target_l0(jnp.array([1.0, 3.0]), jnp.float32(2))
+    each = jumprelu.target_l0(jnp.array([1.0, 3.0]), jnp.float32(2))
     np.testing.assert_allclose(each, 0.25)  # of each sample: their mean is on target
 
 
@@ -36,29 +36,27 @@ def test_straight_through_gradients_by_hand():
     pre = jnp.array([[0.45, 0.55, 0.9, -1.0]])
     threshold, width = jnp.full(4, 0.5), jnp.float32(0.2)
     inside = np.array([1.0, 1.0, 0.0, 0.0])  # |π − θ| < ε/2
-    step = jax.grad(lambda p, t: losses.heaviside(p, t, width).sum(), (0, 1))(pre, threshold)
+    step = jax.grad(lambda p, t: jumprelu.heaviside(p, t, width).sum(), (0, 1))(pre, threshold)
     np.testing.assert_allclose(step[0], 0)
     np.testing.assert_allclose(step[1], -inside / 0.2, rtol=1e-6)
-    jump = jax.grad(lambda p, t: losses.jump_relu(p, t, width).sum(), (0, 1))(pre, threshold)
+    jump = jax.grad(lambda p, t: jumprelu.jump_relu(p, t, width).sum(), (0, 1))(pre, threshold)
     np.testing.assert_allclose(jump[0], [[0, 1, 1, 0]])
     np.testing.assert_allclose(jump[1], -inside * 0.5 / 0.2, rtol=1e-6)
 
 
 def test_gate_auxiliary_freezes_the_decoder():
     gate, decoder, b_dec = jnp.array(X), jnp.array(RNG.normal(size=(4, 4)).astype(np.float32)), jnp.ones(4)
-    found = losses.gate_auxiliary(jnp.array(X_HAT), gate, decoder, b_dec)
+    found = gated.gate_auxiliary(jnp.array(X_HAT), gate, decoder, b_dec)
     expected = np.square(X_HAT - (np.maximum(X, 0) @ np.asarray(decoder) + 1)).sum() / 6
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    frozen = jax.grad(lambda d, b: losses.gate_auxiliary(jnp.array(X_HAT), gate, d, b), (0, 1))(decoder, b_dec)
+    frozen = jax.grad(lambda d, b: gated.gate_auxiliary(jnp.array(X_HAT), gate, d, b), (0, 1))(decoder, b_dec)
     assert all(float(jnp.abs(g).max()) == 0 for g in frozen)
-    assert (
-        float(jnp.abs(jax.grad(lambda g: losses.gate_auxiliary(jnp.array(X_HAT), g, decoder, b_dec))(gate)).max()) > 0
-    )
+    assert float(jnp.abs(jax.grad(lambda g: gated.gate_auxiliary(jnp.array(X_HAT), g, decoder, b_dec))(gate)).max()) > 0
 
 
 def test_prefixes_average_the_partial_errors():
     parts, b_dec = RNG.normal(size=(3, 6, 4)).astype(np.float32), np.ones(4, np.float32)
-    loss, last = losses.prefixes(jnp.array(X), [jnp.array(p) for p in parts], jnp.array(b_dec))
+    loss, last = matryoshka.prefixes(jnp.array(X), [jnp.array(p) for p in parts], jnp.array(b_dec))
     sums = b_dec + np.cumsum(parts, axis=0)
     np.testing.assert_allclose(loss, np.mean([np.square(X - s).sum() / 6 for s in sums]), rtol=1e-5)
     np.testing.assert_allclose(last, sums[-1], rtol=1e-5)

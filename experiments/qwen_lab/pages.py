@@ -163,7 +163,7 @@ def cell_spans(encoder: Encoder, grid: arc.Grid) -> list[list[tuple[int, int]]]:
 
 
 def latents(
-    module: sae.AbstractSAE,
+    module: sae.AbstractDictionary,
     survey: sae.Survey,
     found: Sequence[Document],
     codes: Sequence[Float[np.ndarray, "_ chosen"]],
@@ -179,7 +179,7 @@ def latents(
     lens = (head.astype(jnp.float32) * model.norm.weight.astype(jnp.float32)[None]).T
     directions = module.decoder[jnp.asarray(chosen, jnp.int32)]
     promoted = suppressed = [[] for _ in chosen]
-    if module.d_out == lens.shape[0]:
+    if module.writes == lens.shape[:1]:
         promoted, suppressed = _tokens(directions, lens, tokenizer), _tokens(-directions, lens, tokenizer)
     return [
         sae.report.Latent(

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import sae
 from qwen_lab import cli, sources
 from qwen_lab.places import Place
+from sae import training as train
 from sae.data import buffer
 from sae.evaluation import metrics
 from sae.training import checkpoint
-from sae.training import loop as train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def train_config(config: Config) -> train.TrainConfig:
     )
 
 
-def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractSAE:
+def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractDictionary:
     """A fresh SAE; forms that keep k latents have room for the sweep's largest k, and `Hyper` lowers it."""
     config = member.config
     sizes: dict[str, Any] = {"d_model": d_model, "d_sae": config.d_sae, "key": jax.random.key(config.seed)}
@@ -123,7 +123,7 @@ def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractSAE
         sizes["k"] = largest_k
     if config.form == "topk":
         sizes["encoder_norm"] = 0.3  # runs are short: shorter rows leave far more latents dead (docs/LOG.md)
-    return sae.FORMS[config.form].init(**sizes)  # pyright: ignore[reportAttributeAccessIssue]
+    return sae.FORMS[config.form].init(**sizes)
 
 
 def settled(config: Config) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qwen_lab.places import Place
 class Clamped(eqx.Module):
     """x -> decode(z(x) with z_latent = value): what an SAE gives when one latent is held."""
 
-    module: sae.AbstractSAE
+    module: sae.AbstractDictionary
     latent: Int[Array, ""]
     value: Float[Array, ""]
 
@@ -62,15 +62,15 @@ class OnModel:
         model, tokenizer = qwen_eqx.from_pretrained(name, revision=self.revision, dtype=jnp.dtype(self.dtype))
         return model, tokenizer, name
 
-    def place(self, config: qwen_eqx.QwenConfig, module: sae.AbstractSAE, metadata: Mapping[str, Any]) -> Place:
+    def place(self, config: qwen_eqx.QwenConfig, module: sae.AbstractDictionary, metadata: Mapping[str, Any]) -> Place:
         """The place asked for, or the one the SAE's metadata name; its widths must be the SAE's."""
         reads, writes = metadata.get("hook_name"), metadata.get("hook_name_out")
         target = self.target_site or (str(writes) if writes and writes != reads else None)
         default = None if reads is None else str(reads)
         place = places.from_flags(places.in_model(config), default, self.layer, self.site, target)
         widths = tuple(qwen_eqx.Site.parse(site, config).width(config) for site in (place.reads, place.writes))
-        if (module.d_model, module.d_out) != widths:
-            found = f"an SAE from {module.d_model} to {module.d_out}"
+        if (module.reads[-1], module.writes[-1]) != widths:
+            found = f"an SAE from {module.reads[-1]} to {module.writes[-1]}"
             raise sae.InputError(f"--sae: found {found}, expected {widths[0]} to {widths[1]}, the widths at {place}")
         return place
 
@@ -90,14 +90,14 @@ def captured(model: qwen_eqx.Qwen, tokens: Sequence[int], sites: Sequence[str]) 
     return {site: values[: len(tokens)] for site, values in found.items()}
 
 
-def encoded(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[np.ndarray, "seq d_sae"]:
+def encoded(module: sae.AbstractDictionary, x: Float[Array, "seq d_model"]) -> Float[np.ndarray, "seq d_sae"]:
     """The latents of one document, on the host; one compilation for all documents of a bucket."""
     room = bucket(len(x))
     return np.asarray(_encode(module, jnp.pad(x, ((0, room - len(x)), (0, 0)))))[: len(x)]
 
 
 def recovered(
-    model: qwen_eqx.Qwen, module: sae.AbstractSAE, documents: Sequence[Sequence[int]], place: Place
+    model: qwen_eqx.Qwen, module: sae.AbstractDictionary, documents: Sequence[Sequence[int]], place: Place
 ) -> dict[str, float]:
     """`sae.metrics.recovered` over all tokens of many documents, one at a time so that their logits never meet.
 
@@ -137,12 +137,12 @@ def _captured(model: qwen_eqx.Qwen, tokens: Int[Array, " seq"], sites: tuple[str
 
 
 @eqx.filter_jit
-def _encode(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_sae"]:
+def _encode(module: sae.AbstractDictionary, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_sae"]:
     return module.encode(x)
 
 
 @eqx.filter_jit
-def _output(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_out"]:
+def _output(module: sae.AbstractDictionary, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_out"]:
     return module(x)
 
 

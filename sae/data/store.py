@@ -13,27 +13,16 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Int
 
 from sae import files
 from sae.data.plan import Manifest, Plan
+from sae.data.rows import Rows
 from sae.errors import InputError
-
-
-class Rows(NamedTuple):
-    """Activations with what each row is: its token, position in the sequence, item of the plan, prompt or generated."""
-
-    activations: Float[np.ndarray | jax.Array, "*rows sites d_model"]
-    token_ids: Int32[np.ndarray | jax.Array, "*rows"]
-    positions: Int32[np.ndarray | jax.Array, "*rows"]
-    item: Int32[np.ndarray | jax.Array, "*rows"]
-    generated: Bool[np.ndarray | jax.Array, "*rows"]
-
 
 _SIDECAR_FIELDS = {"rows": int, "bytes": int, "digest": str, "item_range": list, "items": list}
 

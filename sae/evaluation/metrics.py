@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from sae.errors import InputError
-from sae.forms.abstract import AbstractSAE
+from sae.forms.abstract import AbstractDictionary
+from sae.forms.objective import flat
 
 
 class Totals(eqx.Module):
@@ -27,18 +28,18 @@ class Totals(eqx.Module):
 
 @eqx.filter_jit
 def totals(
-    module: AbstractSAE,
-    x: Float[Array, "rows d_model"],
-    mean: Float[Array, " d_out"],
+    module: AbstractDictionary,
+    x: Float[Array, "rows ..."],
+    mean: Float[Array, "..."],
     group: Int[Array, " rows"] | None = None,
     groups: int = 1,
-    target: Float[Array, "rows d_out"] | None = None,
+    target: Float[Array, "rows ..."] | None = None,
 ) -> Totals:
-    """The sums of one batch; `group` says which of `groups` each row belongs to."""
+    """The sums of one batch; `group` says which of `groups` each row belongs to, `mean` is a row of what is written."""
     group = jnp.zeros(x.shape[0], jnp.int32) if group is None else group
-    y = (x if target is None else target).astype(jnp.float32)
+    y = flat((x if target is None else target).astype(jnp.float32))
     z = module.encode(x)
-    y_hat = module.decode(z)
+    y_hat = flat(module.decode(z))
     length, length_hat = jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(y_hat, axis=-1)
     dot, both = jnp.sum(y * y_hat, axis=-1), length * length_hat
 
@@ -48,7 +49,7 @@ def totals(
     return Totals(
         rows=sums(jnp.ones_like(dot)),
         error=sums(jnp.sum(jnp.square(y - y_hat), axis=-1)),
-        variance=sums(jnp.sum(jnp.square(y - mean[None]), axis=-1)),
+        variance=sums(jnp.sum(jnp.square(y - mean.reshape(1, -1)), axis=-1)),
         l0=sums(jnp.sum((z > 0).astype(jnp.float32), axis=-1)),
         cosine=sums(jnp.where(both > 0, dot / jnp.where(both > 0, both, 1.0), 0.0)),
         norm_ratio=sums(jnp.where(length > 0, length_hat / jnp.where(length > 0, length, 1.0), 0.0)),
@@ -57,7 +58,7 @@ def totals(
 
 
 def evaluate(
-    module: AbstractSAE, batches: Iterable[Any], mean: Float[Array, " d_out"], dense_above: float = 0.1
+    module: AbstractDictionary, batches: Iterable[Any], mean: Float[Array, "..."], dense_above: float = 0.1
 ) -> dict[str, float]:
     """Metrics over held-out batches: arrays `rows d_model`, or pairs (x, target) for a transcoder.
 
@@ -120,36 +121,33 @@ def density_histogram(total: Totals, bins: int = 50, floor: float = 1e-7) -> tup
 
 def recovered(
     logits: Callable[[Callable[[Array], Array]], Float[Array, "tokens vocab"]],
-    module: AbstractSAE,
+    module: AbstractDictionary,
     labels: Int[Array, " tokens"],
 ) -> dict[str, float]:
-    """What the model loses when the site is replaced: `logits(edit)` runs it with `edit` applied to the site.
-
-    ce_recovered = (CE(zero) − CE(x̂)) / (CE(zero) − CE(x)), kl_recovered = 1 − KL(x‖x̂)/KL(x‖zero); 1 is best.
-    """
+    """What the model loses when the site is replaced: `logits(edit)` runs it with `edit` applied to the site."""
     clean, spliced, zero = (
         jax.nn.log_softmax(logits(edit).astype(jnp.float32), axis=-1)
         for edit in (lambda a: a, lambda a: module(a).astype(a.dtype), jnp.zeros_like)
     )
-    ce = {name: _cross_entropy(table, labels) for name, table in (("", clean), ("_sae", spliced), ("_zero", zero))}
-    kl_sae, kl_zero = _divergence(clean, spliced), _divergence(clean, zero)
-    gap = ce["_zero"] - ce[""]
+    ce, ce_sae, ce_zero = (_cross_entropy(table, labels) for table in (clean, spliced, zero))
+    return shares_recovered(ce, ce_sae, ce_zero, _divergence(clean, spliced), _divergence(clean, zero))
+
+
+def shares_recovered(ce: float, ce_sae: float, ce_zero: float, kl_sae: float, kl_zero: float) -> dict[str, float]:
+    """Cross-entropies of the model as it is, with the reconstruction and with zeros in its place, and both divergences.
+
+    ce_recovered = (CE(zero) − CE(x̂)) / (CE(zero) − CE(x)), kl_recovered = 1 − KL(x‖x̂)/KL(x‖zero); 1 is best.
+    """
+    gap = ce_zero - ce
     return {
-        **{f"ce{name}": value for name, value in ce.items()},
-        "ce_recovered": (ce["_zero"] - ce["_sae"]) / gap if gap else float("nan"),
+        "ce": ce,
+        "ce_sae": ce_sae,
+        "ce_zero": ce_zero,
+        "ce_recovered": (ce_zero - ce_sae) / gap if gap else float("nan"),
         "kl_sae": kl_sae,
         "kl_zero": kl_zero,
         "kl_recovered": 1.0 - kl_sae / kl_zero if kl_zero else float("nan"),
     }
-
-
-def with_error_term(
-    module: AbstractSAE, x: Float[Array, "*batch d_model"], edit: Callable[[Array], Array] = lambda z: z
-) -> Float[Array, "*batch d_model"]:
-    """x + decode(edit(z)) − decode(z): what the latents leave out stays, so that no edit is no change at all."""
-    z = module.encode(x)
-    change = module.decode(edit(z)) - module.decode(z)
-    return (x.astype(jnp.float32) + change).astype(x.dtype)  # the sum in float32, the site in the model's dtype
 
 
 def _cross_entropy(log_probs: Array, labels: Array) -> float:

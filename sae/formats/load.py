@@ -6,6 +6,7 @@ module = sae.load("directory or org/name[/folder or file]")
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +17,31 @@ import numpy as np
 from jaxtyping import Float
 
 from sae.errors import InputError
-from sae.formats.foreign import READERS, Description, build, read_dictionary_learning, read_gemma_scope, read_qwen_scope
+from sae.formats.description import Description, build
+from sae.formats.dictionary_learning import read_dictionary_learning
+from sae.formats.gemma_scope import read_gemma_scope
+from sae.formats.qwen_scope import read_qwen_scope
 from sae.formats.saelens import CONFIG, SPARSITY, WEIGHTS, read_density, read_saelens
-from sae.forms.models import AbstractSAE
+from sae.formats.sparsify import read_sparsify
+from sae.forms.abstract import AbstractDictionary
+
+READERS: dict[str, Callable[[Path], Description]] = {  # the file that gives a directory away -> its reader
+    "sae.safetensors": lambda directory: read_sparsify(directory),
+    "ae.pt": lambda directory: read_dictionary_learning(directory / "ae.pt"),
+    "params.npz": lambda directory: read_gemma_scope(directory / "params.npz"),
+    "params.safetensors": lambda directory: read_gemma_scope(directory / "params.safetensors"),
+}
 
 
 class Loaded(NamedTuple):
     """An SAE with what its directory says of it."""
 
-    module: AbstractSAE
+    module: AbstractDictionary
     metadata: dict[str, Any]  # model_name, hook_name and whatever else was saved
     density: Float[np.ndarray, " d_sae"] | None  # fraction of tokens on which each latent fired
 
 
-def load(source: str | Path, *, revision: str | None = None, k: int | None = None) -> AbstractSAE:
+def load(source: str | Path, *, revision: str | None = None, k: int | None = None) -> AbstractDictionary:
     """The SAE in a directory or file of any known format, or at a hub id (`org/name`, `org/name/folder`, `…/file`)."""
     return load_with_metadata(source, revision=revision, k=k).module
 

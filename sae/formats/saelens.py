@@ -6,7 +6,7 @@ are all equal, with the form they were trained in under `metadata.training_archi
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,31 +15,41 @@ from jaxtyping import Float
 
 from sae import files
 from sae.errors import InputError
-from sae.formats.foreign import Description, build, fold_decoder_norms
-from sae.forms.models import FORMS, AbstractSAE, Gated
+from sae.formats.description import Description, build, describe, fold_decoder_norms
+from sae.forms import FORMS
+from sae.forms.abstract import AbstractDictionary
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 SAE_LENS_VERSION = "6.54.12"  # whose format this is; below 6.0.0 SAELens takes cfg.json for a legacy one
-TRAINED_AS = {"batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}  # ours -> SAELens' training architecture
-ARCHITECTURES = {  # form -> SAELens' name as an autoencoder, and as a transcoder (it has no TopK or gated transcoder)
-    "relu": ("standard", "transcoder"),
-    "topk": ("topk", "topk_transcoder"),
-    "batchtopk": ("jumprelu", "jumprelu_transcoder"),
-    "matryoshka": ("jumprelu", "jumprelu_transcoder"),
-    "jumprelu": ("jumprelu", "jumprelu_transcoder"),
-    "gated": ("gated", "gated_transcoder"),
+
+
+class Row(NamedTuple):
+    """What SAELens calls a form."""
+
+    architecture: str
+    transcoder: str | None = None
+    trained_as: str | None = None  # written as a `jumprelu` of one threshold, with this training architecture
+    opens: tuple[bool, bool] = (True, True)  # whether SAELens has the architecture, and the transcoder
+
+
+ROWS = {
+    "relu": Row("standard", "transcoder"),
+    "topk": Row("topk", "topk_transcoder", opens=(True, False)),
+    "batchtopk": Row("jumprelu", "jumprelu_transcoder", trained_as="batchtopk"),
+    "matryoshka": Row("jumprelu", "jumprelu_transcoder", trained_as="matryoshka_batchtopk"),
+    "jumprelu": Row("jumprelu", "jumprelu_transcoder"),
+    "gated": Row("gated", "gated_transcoder", opens=(True, False)),
+    "crosscoder": Row("crosscoder", opens=(False, False)),  # ours: SAELens has none
 }
-_FORM_OF = {
-    **{name: form for form, names in reversed(ARCHITECTURES.items()) for name in names},
-    "jumprelu": "jumprelu",
-    "jumprelu_transcoder": "jumprelu",
-    **{theirs: ours for ours, theirs in TRAINED_AS.items()},  # training checkpoints
+_TRAINED_AS = {row.trained_as: form for form, row in ROWS.items() if row.trained_as}  # also of training checkpoints
+_FORM_OF = _TRAINED_AS | {
+    name: form for form, row in ROWS.items() if not row.trained_as for name in row[:2] if name is not None
 }
 _STRUCTURE = {"architecture", "d_in", "d_sae", "d_out", "dtype", "device", "k", "apply_b_dec_to_input", "metadata"}
 
 
 def save(
-    module: AbstractSAE,
+    module: AbstractDictionary,
     directory: str | Path,
     metadata: Mapping[str, Any] | None = None,
     *,
@@ -47,13 +57,18 @@ def save(
 ) -> None:
     """Write a SAELens v6 directory; `metadata` is JSON (SAELens and its tools know model_name, hook_name, …)."""
     directory = Path(directory)
-    form = next((name for name, kind in FORMS.items() if type(module) is kind), None)
-    if form is None:
-        raise InputError(f"module: found {type(module).__name__}, expected one of {', '.join(FORMS)}")
-    tensors = _tensors(module)
-    build(Path("module"), _description(module, form, tensors))  # what could not be loaded is not saved
-    weights = safetensors.numpy.save(_exported(tensors, form))
-    config = files.dump_json(_config(module, form, dict(metadata or {})) | {"weights_digest": files.digest(weights)})
+    if module.name not in ROWS or FORMS.get(module.name) is not type(module):
+        raise InputError(f"module: found {type(module).__name__}, expected one of {', '.join(ROWS)}")
+    if module.encoder.ndim != module.b_dec.ndim + 1 or module.b_enc.ndim != 1:
+        raise InputError(
+            f"module: encoder: found shape {module.encoder.shape}, expected one SAE: index the sweep first"
+        )
+    described = describe(module)
+    build(Path("module"), described)  # what could not be loaded is not saved
+    weights = safetensors.numpy.save(_exported(described))
+    config = files.dump_json(
+        _config(module, described, dict(metadata or {})) | {"weights_digest": files.digest(weights)}
+    )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: found a file, expected a directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -77,32 +92,37 @@ def read_saelens(directory: Path) -> Description:
         raise InputError(f"{weights}: digest: found other bytes than were saved, expected those of {CONFIG}")
     tensors = _known_tensors(weights)
     form, rescaled = _FORM_OF[architecture], config.get("rescale_acts_by_decoder_norm", False)
-    if rescaled and form in {"topk", "batchtopk", "matryoshka"}:
+    if rescaled and "k" in FORMS[form].details:
         tensors = fold_decoder_norms(tensors)
-    for field, name, axis in (("d_in", "W_enc", 0), ("d_sae", "W_enc", 1), ("d_out", "W_dec", 1)):
-        found = tensors[name].shape[axis] if name in tensors and tensors[name].ndim == 2 else config.get(field)
+    for field, name, axis in (("d_in", "W_enc", -2), ("d_sae", "W_enc", -1), ("d_out", "W_dec", -1)):
+        found = tensors[name].shape[axis] if name in tensors and tensors[name].ndim >= 2 else config.get(field)
         if config.get(field, found) != found:
             raise InputError(f"{path}: {field}: found {config[field]}, expected {found} as {WEIGHTS} has it")
-    k, widths = config.get("k"), config.get("matryoshka_widths")
+    details = {"k": config.get("k"), "widths": config.get("matryoshka_widths")}
     metadata = dict(config["metadata"])
-    if form == "jumprelu":
-        form, tensors, k, widths = _as_trained(form, tensors, metadata)
-    d_sae = config.get("d_sae", 0)
-    if form == "matryoshka" and isinstance(widths, list) and widths[-1:] != [d_sae]:
-        widths = [*widths, d_sae]  # SAELens trains on the whole too, whether or not it is listed
+    if any(architecture in row[:2] for row in ROWS.values() if row.trained_as):
+        form, tensors, details = _as_trained(form, tensors, metadata)
+    widths, d_sae = details.get("widths"), config.get("d_sae", 0)
+    if isinstance(widths, list) and widths[-1:] != [d_sae]:
+        details["widths"] = [*widths, d_sae]  # SAELens trains on the whole too, whether or not it is listed
+    whole = _whole(details.get("k"))
+    details["k"] = details.get("k") if whole is None else whole
     subtracts = bool(config.get("apply_b_dec_to_input", True))
-    return Description(form, tensors, subtracts, k if _whole(k) is None else _whole(k), widths, metadata)
+    return Description(form, tensors, subtracts, details, metadata)
 
 
-def _as_trained(form: str, tensors: dict[str, np.ndarray], metadata: dict[str, Any]):
+def _as_trained(
+    form: str, tensors: dict[str, np.ndarray], metadata: dict[str, Any]
+) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     """The form a jumprelu was trained in, if the metadata name one and every threshold is still the same."""
-    trained = {theirs: ours for ours, theirs in TRAINED_AS.items()}.get(str(metadata.get("training_architecture")))
-    details = metadata.get("training_architecture_details")
+    trained = _TRAINED_AS.get(str(metadata.get("training_architecture")))
+    said = metadata.get("training_architecture_details")
     threshold = tensors.get("threshold", np.empty(0))
     one = threshold.ndim == 1 and len(threshold) > 0 and bool((threshold == threshold[0]).all())
-    if trained is None or not one or not isinstance(details, dict) or _whole(details.get("k")) is None:
-        return form, tensors, None, None
-    return trained, {**tensors, "threshold": threshold[0, ...]}, details["k"], details.get("matryoshka_widths")
+    if trained is None or not one or not isinstance(said, dict) or _whole(said.get("k")) is None:
+        return form, tensors, {}
+    details = {"k": said["k"], "widths": said.get("matryoshka_widths")}
+    return trained, {**tensors, "threshold": threshold[0, ...]}, details
 
 
 def _whole(k: Any) -> int | None:
@@ -148,42 +168,26 @@ def _known_tensors(weights: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _tensors(module: AbstractSAE) -> dict[str, np.ndarray]:
-    """A module's parameters in SAELens' names and orientation."""
-    if module.encoder.ndim != 2:
-        raise InputError(
-            f"module: encoder: found shape {module.encoder.shape}, expected one SAE: index the sweep first"
-        )
-    tensors = {name: np.asarray(getattr(module, name)) for name in ("W_enc", "W_dec", "b_dec", *module.in_latent_units)}
-    if isinstance(module, Gated):
-        tensors |= {"b_gate": tensors.pop("b_enc"), "r_mag": np.asarray(module.r_mag)}
-    return tensors
-
-
-def _description(module: AbstractSAE, form: str, tensors: Mapping[str, np.ndarray]) -> Description:
-    k, widths = getattr(module, "k", None), getattr(module, "widths", None)
-    return Description(form, tensors, module.apply_b_dec_to_input, k, widths)
-
-
-def _exported(tensors: Mapping[str, np.ndarray], form: str) -> dict[str, np.ndarray]:
+def _exported(described: Description) -> dict[str, np.ndarray]:
     """What SAELens reads: one threshold per latent."""
-    exported = dict(tensors)
-    if form in TRAINED_AS:
-        exported["threshold"] = np.full(tensors["b_enc"].shape, tensors["threshold"])
-    return {name: np.ascontiguousarray(tensor) for name, tensor in exported.items()}  # else wrong bytes are written
+    exported = dict(described.tensors)
+    if ROWS[described.form].trained_as:
+        exported["threshold"] = np.full(exported["b_enc"].shape, exported["threshold"])
+    return {name: np.asarray(tensor, order="C") for name, tensor in exported.items()}  # else wrong bytes are written
 
 
-def _config(module: AbstractSAE, form: str, metadata: dict[str, Any]) -> dict[str, Any]:
+def _config(module: AbstractDictionary, described: Description, metadata: dict[str, Any]) -> dict[str, Any]:
     """SAELens' cfg.json."""
-    transcodes = module.d_out != module.d_model or "hook_name_out" in metadata
+    row, details = ROWS[described.form], described.details
+    transcodes = not module.several_sites and (module.writes != module.reads or "hook_name_out" in metadata)
     stale = {"training_architecture", "training_architecture_details"}  # of a form this SAE may have been loaded as
     metadata = {name: value for name, value in metadata.items() if name not in stale}
-    details = {"k": getattr(module, "k", None), "matryoshka_widths": list(getattr(module, "widths", ()))}
-    if form in TRAINED_AS:
-        metadata |= {"training_architecture": TRAINED_AS[form], "training_architecture_details": details}
+    if row.trained_as:
+        trained = {"k": details["k"], "matryoshka_widths": list(details.get("widths", ()))}
+        metadata |= {"training_architecture": row.trained_as, "training_architecture_details": trained}
     config = {
-        "architecture": ARCHITECTURES[form][transcodes],
-        "d_in": module.d_model,
+        "architecture": row.transcoder if transcodes else row.architecture,
+        "d_in": module.reads[-1],
         "d_sae": module.d_sae,
         "dtype": "float32",
         "device": "cpu",
@@ -193,9 +197,9 @@ def _config(module: AbstractSAE, form: str, metadata: dict[str, Any]) -> dict[st
         "metadata": {"sae_lens_training_version": None, **metadata, "sae_lens_version": SAE_LENS_VERSION},
     }
     if transcodes:
-        config["d_out"] = module.d_out
-    if form == "topk":
-        config |= {"k": details["k"], "rescale_acts_by_decoder_norm": False}
+        config["d_out"] = module.writes[-1]
+    if details and not row.trained_as:
+        config |= {**details, "rescale_acts_by_decoder_norm": False}
     return config
 
 

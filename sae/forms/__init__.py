@@ -1,1 +1,14 @@
-"""Forms of dictionaries: what each keeps, minimizes and keeps true."""
+"""Forms of dictionaries: a file holds all that is particular to one."""
+
+from sae.forms.abstract import AbstractDictionary
+from sae.forms.batchtopk import BatchTopK
+from sae.forms.crosscoder import Crosscoder
+from sae.forms.gated import Gated
+from sae.forms.jumprelu import JumpReLU
+from sae.forms.matryoshka import Matryoshka
+from sae.forms.relu import ReLU
+from sae.forms.topk import TopK
+
+FORMS: dict[str, type[AbstractDictionary]] = {
+    form.name: form for form in (ReLU, TopK, BatchTopK, JumpReLU, Gated, Matryoshka, Crosscoder)
+}

@@ -1,44 +1,47 @@
 """One training step of one member: loss, gradient, Adam, and what the form keeps true of its parameters."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-from sae.forms import objectives
-from sae.forms.abstract import AbstractSAE
-from sae.forms.models import BatchTopK, JumpReLU, Matryoshka, TopK
-from sae.forms.objectives import Hyper, Outcome
-from sae.training.state import Metrics, TrainConfig, TrainState
+from sae.forms import losses
+from sae.forms.abstract import AbstractDictionary, row_lengths
+from sae.forms.ksparse import AbstractKSparse
+from sae.forms.objective import Hyper, Objective, flat
+from sae.training.config import TrainConfig
+from sae.training.state import StepMetrics, TrainState, adam, standardized
 
 
 def step(
-    state: TrainState, x: Float[Array, "batch d_model"], y: Float[Array, "batch d_out"], config: TrainConfig
-) -> tuple[TrainState, Metrics]:
-    """The next state, and metrics of the batch; `train.run` compiles many of these into one call."""
+    state: TrainState, x: Float[Array, "batch *reads"], y: Float[Array, "batch ..."], config: TrainConfig
+) -> tuple[TrainState, StepMetrics]:
+    """The next state, and metrics of the batch; `training.run` compiles many of these into one call."""
     module = state.module
-    x = (x.astype(jnp.float32) - state.mean[None]) * state.scale
-    y = (y.astype(jnp.float32) - state.mean_out[None]) * state.scale_out
+    x = standardized(x, state.mean, state.scale)
+    y = standardized(y, state.mean_out, state.scale_out)
     warm = jnp.minimum(1.0, (state.step + 1).astype(jnp.float32) / max(1, config.sparsity_warmup_steps))
-    numbers = eqx.tree_at(lambda h: h.sparsity, state.hyper, state.hyper.sparsity * warm)
-    outcome, gradient = _gradient(module, x, y, numbers, state.since_fired, config)
+    hyper = eqx.tree_at(lambda h: h.sparsity, state.hyper, state.hyper.sparsity * warm)
+    objective, gradient = _gradient(module, x, y, hyper, state.since_fired, config)
 
-    finite = jnp.isfinite(outcome.loss) & jnp.all(jnp.isfinite(gradient.b_dec)) & jnp.all(jnp.isfinite(gradient.b_enc))
+    finite = (
+        jnp.isfinite(objective.loss) & jnp.all(jnp.isfinite(gradient.b_dec)) & jnp.all(jnp.isfinite(gradient.b_enc))
+    )
     good = finite & (state.bad_step < 0)
     module, optimizer = _update(state, gradient, good, config)
-    if isinstance(state.module, BatchTopK | Matryoshka):
-        known = state.module.threshold
-        threshold = _running_threshold(known, outcome.smallest, config.threshold_decay)
-        module = eqx.tree_at(lambda m: m.threshold, module, jnp.where(good, threshold, known))
+    module = module.settled(objective, good, config.threshold_decay)
 
-    since = jnp.where(outcome.fired > 0, 0, state.since_fired + x.shape[0])
-    variance = jnp.mean(jnp.sum(jnp.square(y - jnp.mean(y, axis=0, keepdims=True)), axis=-1))
-    metrics = Metrics(
-        outcome.loss,
-        jnp.where(variance > 0, outcome.error / jnp.where(variance > 0, variance, 1.0), 0.0),
-        jnp.sum(outcome.fired).astype(jnp.float32) / x.shape[0],
+    since = jnp.where(objective.fired > 0, 0, state.since_fired + x.shape[0])
+    wide = flat(y)
+    variance = jnp.mean(jnp.sum(jnp.square(wide - jnp.mean(wide, axis=0, keepdims=True)), axis=-1))
+    metrics = StepMetrics(
+        objective.loss,
+        jnp.where(variance > 0, objective.error / jnp.where(variance > 0, variance, 1.0), 0.0),
+        jnp.sum(objective.fired).astype(jnp.float32) / x.shape[0],
         jnp.sum((since >= config.dead_after).astype(jnp.int32)),
     )
     new = TrainState(
@@ -58,46 +61,46 @@ def step(
 
 
 def _gradient(
-    module: AbstractSAE,
-    x: Float[Array, "batch d_model"],
-    y: Float[Array, "batch d_out"],
-    numbers: Hyper,
+    module: AbstractDictionary,
+    x: Float[Array, "batch *reads"],
+    y: Float[Array, "batch ..."],
+    hyper: Hyper,
     since_fired: Int32[Array, " d_sae"],
     config: TrainConfig,
-) -> tuple[Outcome, AbstractSAE]:
+) -> tuple[Objective, AbstractDictionary]:
     """The gradient by the cheapest exact path: sparse; sparse with AuxK where latents are dead; dense.
 
     Free rows are a parametrization of unit ones, (‖d_j‖ e_j, d_j / ‖d_j‖): a latent turns at a rate inverse to its
-    length, so short new ones turn fast and those that fire often settle. JumpReLU's loss is the same either way, and
-    stays with its own units: a change of length moves π and threshold alike, its estimators see the threshold alone.
+    length, so short new ones turn fast and those that fire often settle.
     """
-    free = config.frees(module) and not isinstance(module, JumpReLU)
+    unit = config.frees(module) and module.unit_in_loss
     dtype = jnp.dtype(config.product_dtype)
     k_aux = min(max(1, x.shape[-1] // 2) if config.k_aux is None else config.k_aux, module.d_sae)
 
-    def evaluate(objective, aux: bool):
+    def evaluate(objective: Callable[..., Objective], aux: bool) -> tuple[Objective, AbstractDictionary]:
         def total(module):
-            module = module.unit_rows() if free else module
-            loss, (outcome, residual) = objective(module)
-            if aux:
-                extra = objectives.aux_objective(module, x, residual, since_fired, config.dead_after, k_aux)
-                loss = loss + numbers.aux * extra
-            return loss, outcome
+            module = module.unit_rows() if unit else module
+            found = objective(module)
+            loss = found.loss
+            if aux and found.residual is not None:
+                extra = _aux_loss(module, x, found.residual, (since_fired, config.dead_after), k_aux)
+                loss = loss + hyper.aux * extra
+            return loss, found._replace(residual=None)  # as long as the batch is wide, and needed no more
 
-        (loss, outcome), gradient = eqx.filter_value_and_grad(total, has_aux=True)(module)
-        return outcome._replace(loss=loss), gradient
+        (loss, found), gradient = eqx.filter_value_and_grad(total, has_aux=True)(module)
+        return found._replace(loss=loss), gradient
 
-    def dense(module):
-        return objectives.dense_objective(module, x, y, numbers, dtype)
+    def dense(module: AbstractDictionary) -> Objective:
+        return module.loss(x, y, hyper, dtype)
 
-    if not isinstance(module, objectives.TOP_K_FORMS):
+    if not isinstance(module, AbstractKSparse):
         return evaluate(dense, False)
-    slots = module.k if isinstance(module, TopK) else min(module.d_sae, config.slots * module.k)
-    meant = module.unit_rows() if free else module
-    chosen = lax.stop_gradient(objectives.select(meant, x, numbers, dtype, slots))
+    meant = module.unit_rows() if unit else module
+    assert isinstance(meant, AbstractKSparse)
+    chosen = lax.stop_gradient(meant.select(x, hyper, dtype, module.candidates(config.candidates)))
 
-    def sparse(module):
-        return objectives.sparse_objective(module, x, y, chosen)
+    def sparse(module: AbstractKSparse) -> Objective:
+        return module.sparse_loss(x, y, chosen)
 
     aux = k_aux > 0 and config.aux > 0
     paths = [lambda: evaluate(sparse, False)]
@@ -105,10 +108,28 @@ def _gradient(
     if aux:
         paths.append(lambda: evaluate(sparse, True))
         which = jnp.any(since_fired >= config.dead_after).astype(jnp.int32)
-    if not isinstance(module, TopK):
+    if not module.exactly_k:
         which = jnp.where(chosen.overflow, len(paths), which)
         paths.append(lambda: evaluate(dense, aux))
     return lax.switch(_shared(which), paths) if len(paths) > 1 else paths[0]()
+
+
+def _aux_loss(
+    module: AbstractDictionary,
+    x: Float[Array, "batch *reads"],
+    residual: Float[Array, "batch width"],
+    silence: tuple[Int[Array, " d_sae"], int],
+    k_aux: int,
+) -> Float[Array, ""]:
+    """AuxK over the 2·k_aux latents that have not fired for longest: all of the dead while they are no more.
+
+    `silence`: rows since each latent fired, and after how many it is dead.
+    """
+    since_fired, dead_after = silence
+    silent, candidates = lax.top_k(since_fired, min(2 * k_aux, module.d_sae))
+    pre = jnp.einsum("bd,sd->bs", flat(module.centre(x)), flat(module.encoder[candidates]))
+    pre = pre + module.b_enc[candidates][None]
+    return losses.auxk(residual, pre, silent >= dead_after, flat(module.decoder[candidates]), k_aux)
 
 
 @jax.custom_batching.custom_vmap
@@ -123,13 +144,14 @@ def _shared_by_members(_size, batched, which):
 
 
 def _update(
-    state: TrainState, gradient: AbstractSAE, good: Bool[Array, ""], config: TrainConfig
-) -> tuple[AbstractSAE, optax.OptState]:
+    state: TrainState, gradient: AbstractDictionary, good: Bool[Array, ""], config: TrainConfig
+) -> tuple[AbstractDictionary, optax.OptState]:
     """Adam; where the step is not good every leaf stays bit for bit, without another pass over memory."""
     module = state.module
     on_sphere = module.unit_norm and not config.frees(module)
+    over = tuple(range(1, module.decoder.ndim))
     if on_sphere:  # the part along the decoder would only be undone by the normalization
-        along = jnp.sum(gradient.decoder * module.decoder, axis=-1, keepdims=True)
+        along = jnp.sum(gradient.decoder * module.decoder, axis=over, keepdims=True)
         gradient = eqx.tree_at(lambda g: g.decoder, gradient, gradient.decoder - along * module.decoder)
     if config.clip_norm is not None:
         shrink = jnp.minimum(1.0, config.clip_norm / (optax.tree.norm(gradient) + 1e-6))
@@ -143,29 +165,16 @@ def _update(
     rates = eqx.tree_at(lambda m: (m.encoder, m.decoder), rates, (rate, rate))
     module = jax.tree.map(lambda p, d, r: p - r * d, module, direction, rates)
     if on_sphere:
-        norm = jnp.linalg.norm(module.decoder, axis=-1, keepdims=True)
-        shrink = jnp.where(good, 1.0 / jnp.maximum(norm, 1e-12), 1.0)
-        module = eqx.tree_at(lambda m: m.decoder, module, module.decoder * shrink)
-    if isinstance(module, JumpReLU):
-        module = eqx.tree_at(lambda m: m.threshold, module, jax.nn.relu(module.threshold))
+        shrink = jnp.where(good, 1.0 / row_lengths(module.decoder), 1.0)
+        module = eqx.tree_at(lambda m: m.decoder, module, module.decoder * jnp.expand_dims(shrink, over))
     return module, optimizer
 
 
-def adam(config: TrainConfig, module: AbstractSAE) -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=config.b1, b2=module.b2 if config.b2 is None else config.b2, eps=config.eps)
-
-
-def bias_rate(module: AbstractSAE, numbers: Hyper, config: TrainConfig) -> Float[Array, ""] | float:
-    """How fast biases and thresholds move, over the matrices' learning rate.
-
-    A JumpReLU's thresholds have to rise from almost 0 to what its target asks for; fast ones go on rising from there,
-    and latents split into several that fire only when strong. So the ratio falls with s = steps · learning_rate: 1/s²,
-    at least 1/4s, at most 1. Found on SynthSAEBench for s of 1 to 4 (docs/LOG.md), not derived.
-    """
-    if config.bias_rate is not None or not isinstance(module, JumpReLU):
-        return 1.0 if config.bias_rate is None else config.bias_rate
-    length = config.steps * numbers.learning_rate
-    return jnp.minimum(1.0, jnp.maximum(1.0 / jnp.square(length), 0.25 / length))
+def bias_rate(module: AbstractDictionary, hyper: Hyper, config: TrainConfig) -> Float[Array, ""] | float:
+    """How fast biases and thresholds move, over the matrices' learning rate: as told, or as suits the form."""
+    if config.bias_rate is not None:
+        return config.bias_rate
+    return module.bias_rate(config.steps * hyper.learning_rate)
 
 
 def _schedule(step: Array, config: TrainConfig) -> Array:
@@ -175,11 +184,7 @@ def _schedule(step: Array, config: TrainConfig) -> Array:
     return jnp.clip(jnp.minimum(rise, fall if config.decay_steps else 1.0), 0.0, 1.0)
 
 
-def _running_threshold(threshold: Array, smallest: Array, decay: float) -> Array:
-    return jnp.where(threshold < 0, smallest, decay * threshold + (1 - decay) * smallest)
-
-
-def _average(state: TrainState, module: AbstractSAE, config: TrainConfig) -> AbstractSAE | None:
+def _average(state: TrainState, module: AbstractDictionary, config: TrainConfig) -> AbstractDictionary | None:
     if state.average is None or config.average_decay is None:
         return None
     done = state.step.astype(jnp.float32)

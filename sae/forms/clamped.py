@@ -1,0 +1,18 @@
+"""A dictionary with one latent held at a value: what an intervention puts in its place."""
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int
+
+from sae.forms.abstract import AbstractDictionary
+
+
+class Clamped(eqx.Module):
+    """x -> decode(z(x) with z_latent = value)."""
+
+    module: AbstractDictionary
+    latent: Int[Array, ""]
+    value: Float[Array, ""]
+
+    def __call__(self, x: Float[Array, "*rows"]) -> Float[Array, "..."]:
+        z = self.module.encode(x)
+        return self.module.decode(z.at[..., self.latent].set(self.value))
