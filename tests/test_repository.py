@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -18,45 +19,74 @@ import tyro
 from test_architecture import ORDER
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-IN_TREE = [*ORDER, "experiments", "benchmarks"]
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
+TREE = runpy.run_path(str(ROOT / "docs" / "tree.py"))
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "cli.run(" in path.read_text())
 README = (ROOT / "README.md").read_text()
 
 
+def read(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
     return [block for name, block in fenced if name == language]
 
 
 EXAMPLES = [page for page in PAGES if blocks(page, "python")]
 
 
-def tree() -> dict[str, list[str]]:
-    """Directory -> names in the order of the README's annotated tree; every line must carry a description."""
-    (block,) = (block for block in blocks("README.md", "") if block.startswith("qwen_eqx/"))
-    found: dict[str, list[str]] = {}
-    for line in block.splitlines():
-        name, _, description = line.strip().partition(" ")
-        assert description.strip(), f"README: {name} has no description"
-        if not line.startswith(" "):
-            found[name.rstrip("/")] = []
-        else:
-            found[list(found)[-1]].append(name)
-    return found
+def test_the_tree_is_what_its_script_makes():
+    assert (ROOT / "docs" / "tree.md").read_text() == TREE["make"](), "run `python docs/tree.py`"
 
 
-@pytest.mark.parametrize("directory", IN_TREE)
-def test_the_tree_names_every_file(directory: str):
-    files = {path.name for path in (ROOT / directory).glob("*.py")} - {"__init__.py"}
-    files |= {f"pretrained/{path.name}/" for path in (ROOT / directory).glob("pretrained/*/") if path.is_dir()}
-    named = tree()[directory]
-    assert set(named) == files, f"README's tree of {directory}/: left are the names there, right are the files"
-    if directory in ORDER:
-        rooms = [f"{room}.py" for room in ORDER[directory]]
-        modules = [name for name in named if name.endswith(".py")]
-        assert modules == sorted(modules, key=rooms.index), "the tree reads in the order of imports"
+def test_every_file_says_what_it_is_for():
+    for folder in TREE["folders"]():
+        for path in TREE["files"](folder) + [folder / "__init__.py"] * TREE["is_package"](folder):
+            assert TREE["sentence"](path), f"{path.relative_to(ROOT)}: expected a docstring"
+
+
+def test_the_readme_names_every_folder():
+    """Folders at the top, packages and what lies in them; those of a package in the order of imports."""
+    there = TREE["folders"]()
+    packages = [folder for folder in there if TREE["is_package"](folder)]
+    held = [(folder, path) for folder in packages for path in folder.glob("*/**/*") if "__pycache__" not in path.parts]
+    inner = {folder / path.relative_to(folder).parts[0] for folder, path in held if path.is_file()}
+    named = re.findall(r"^\| `([\w./-]+)/` \| \w", README, re.MULTILINE)
+    assert set(named) == {path.relative_to(ROOT).as_posix() for path in inner.union(there)}
+    for top in ROOT.glob("*/"):
+        inside = [path for path in there if path.is_relative_to(top)]
+        assert [ROOT / name for name in named if ROOT / name in inside] == inside, f"README: the order in {top.name}/"
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_every_page_is_reached_from_the_readme_and_the_site(page: str):
+    assert f"]({page})" in README
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\n\n")[0]
+    assert re.search(rf": {page.removeprefix('docs/')}$", nav, re.MULTILINE), f"mkdocs.yml: {page} is not in nav"
+
+
+def prose(page: str) -> list[tuple[int, str]]:
+    """Numbered lines outside of fences and tables."""
+    text = re.sub(r"^```.*?^```$", lambda block: "\n" * block[0].count("\n"), read(page), flags=re.M | re.S)
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_wraps_at_100(page: str):
+    one_piece = re.compile(r"\s*(- )?(\[[^\]]*\]\(\S*\)|`[^`]*`|\S+)[.,:;)]*")  # a link or name that cannot be cut
+    long = [number for number, line in prose(page) if len(line) > 100 and not one_piece.fullmatch(line)]
+    assert not long, f"{page}: lines {long} are longer than 100"
+
+
+def test_the_log_is_newest_first():
+    headings = re.findall(r"^## (.*)$", read("docs/LOG.md"), re.MULTILINE)
+    dates = [heading.partition(" · ")[0] for heading in headings]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates), "a heading is: YYYY-MM-DD · what was asked"
+    assert dates == sorted(dates, reverse=True)
 
 
 @pytest.mark.parametrize("page", EXAMPLES)
@@ -85,10 +115,28 @@ def test_ci_runs_the_readme_test_command():
     assert re.findall(r'^TESTS="(.*)"$', (ROOT / ".ci" / "run").read_text(), re.MULTILINE) == [tests]
 
 
+def anchors(page: str) -> set[str]:
+    """What GitHub makes of a page's headings, and the site too (docs/reference.py)."""
+    headings = [line.lstrip("# ") for _, line in prose(page) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str):
-    for link in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
-        assert ((ROOT / page).parent / link).exists(), f"{page}: {link} does not exist"
+    for link, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", read(page)):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        assert target.exists(), f"{page}: {link} does not exist"
+        assert not anchor or anchor in anchors(str(target.relative_to(ROOT))), (
+            f"{page}: {link}#{anchor}: no such heading"
+        )
+    inside = page.startswith("docs/")
+    assert not (inside and re.search(r"\]\(\.\./", read(page))), f"{page}: the site has nothing outside of docs/"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/LOG.md"])
+def test_files_that_are_named_exist(page: str):
+    for name in re.findall(r"`((?:qwen_eqx|arc|sae|experiments|benchmarks|tests|docs)/[\w/]+\.py)", read(page)):
+        assert (ROOT / name).exists(), f"{page}: {name} does not exist"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
