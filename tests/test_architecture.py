@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "qwen_eqx": {
         "": ["errors", "files"],
-        "text": ["chat", "tokenizer"],
+        "text": ["chat", "ids", "tokenizer"],
         "model": ["config", "layers", "rope", "attention", "cache", "sites", "edits", "qwen"],
         "generation": ["sample", "memory", "buffer", "engine", "generate", "scheduler", "score", "search"],
         "weights": ["hub", "hf"],

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Integer, Key, PRNGKeyArray
 
-from qwen_eqx.errors import InputError
+from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import Generator, Settings
 from qwen_eqx.generation.memory import MemoryPlan, free_device_bytes
 from qwen_eqx.generation.sample import AbstractSampler, Greedy
@@ -18,7 +18,7 @@ from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.edits import AbstractEdit, resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.sites import Capture
-from qwen_eqx.text.tokenizer import bucket, check_ids, pad_left
+from qwen_eqx.text.ids import bucket, check_ids, pad_left
 
 PREFILL_CHUNK = 512  # positions of a long prompt that are read at once
 _STRIDE = 32
@@ -248,12 +248,6 @@ def prompt_width(longest: int, prefill_chunk: int = PREFILL_CHUNK) -> int:
     """Positions that prompts are padded to: a bucket, or a multiple of the chunk where they are read in chunks."""
     width = bucket(longest)
     return width if width <= prefill_chunk else -(-longest // prefill_chunk) * prefill_chunk
-
-
-def positive(name: str, value: object) -> None:
-    """Raises `InputError` unless `value` is a whole number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name}: found {value!r}, expected a whole number of at least 1")
 
 
 def _nothing(config: QwenConfig, settings: Settings, width: int) -> Generation:

@@ -15,13 +15,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PRNGKeyArray
 
-from qwen_eqx.errors import InputError
+from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.generate import (
     PREFILL_CHUNK,
     make_settings,
     memory_plan,
-    positive,
     prompt_rows,
     prompt_width,
     row_keys,
@@ -32,7 +31,7 @@ from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.edits import AbstractEdit, resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.sites import Capture
-from qwen_eqx.text.tokenizer import pad_left
+from qwen_eqx.text.ids import pad_left
 
 
 class Completion(NamedTuple):

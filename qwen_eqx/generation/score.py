@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from qwen_eqx.errors import InputError
-from qwen_eqx.generation.generate import PREFILL_CHUNK, positive, prompt_rows, prompt_width
+from qwen_eqx.errors import InputError, positive
+from qwen_eqx.generation.generate import PREFILL_CHUNK, prompt_rows, prompt_width
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.qwen import Qwen
-from qwen_eqx.text.tokenizer import bucket, check_ids, pad_left
+from qwen_eqx.text.ids import bucket, check_ids, pad_left, pad_right
 
 _POSITIONS = 16  # logits are made for this many positions at a time: a whole row of them would be gigabytes
 
@@ -43,9 +43,7 @@ def score(
     results = []
     for at in range(0, len(rests), batch_size):
         batch = rests[at : at + batch_size]
-        tokens = np.zeros((batch_size, seq), np.int32)  # right-padded: later positions cannot reach earlier ones
-        for row, rest in enumerate(batch):
-            tokens[row, : len(rest)] = rest
+        tokens = pad_right([*batch, *[[]] * (batch_size - len(batch))], seq, 0)
         log_probs = np.asarray(_score(model, past, jnp.asarray(tokens)))
         for row, rest in enumerate(batch):
             length = len(answers[at + row])

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from qwen_eqx.errors import InputError
+from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import Generator
-from qwen_eqx.generation.generate import positive, prepare
+from qwen_eqx.generation.generate import prepare
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.qwen import Qwen
 
