@@ -15,7 +15,7 @@ ORDER = {
     "qwen_eqx": {
         "": ["errors", "files"],
         "text": ["chat", "ids", "tokenizer"],
-        "model": ["config", "layers", "rope", "attention", "cache", "sites", "edits", "qwen"],
+        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "qwen"],
         "generation": ["sample", "memory", "buffer", "engine", "generate", "scheduler", "score", "search"],
         "weights": ["hub", "hf"],
     },

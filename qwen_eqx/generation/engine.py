@@ -43,7 +43,7 @@ class Settings:
     """What is fixed when the loop is compiled."""
 
     new: int  # columns = the most tokens a row may generate
-    kv_seq: int  # slots of the cache
+    kv_seq: int  # entries of the cache
     cache_dtype: str
     stop_tokens: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()

@@ -1,6 +1,6 @@
 """Many prompts through few slots: a slot is refilled as soon as its sequence ends.
 
-All rows share one write index into the ring of cache slots; a new prompt is laid down so that it ends where the index
+All rows share one write index into the ring of cache entries; a new prompt is laid down so that it ends where the index
 stands, whatever the other rows are doing, so that each step remains one slice update for the whole batch.
 """
 
