@@ -16,7 +16,9 @@ ORDER = {
         "": ["errors", "files"],
         "text": ["chat", "ids", "tokenizer"],
         "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "qwen"],
-        "generation": ["sample", "memory", "buffer", "engine", "generate", "scheduler", "score", "search"],
+        "generation": [
+            "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
+        ],
         "weights": ["hub", "hf"],
     },
     "arc": {

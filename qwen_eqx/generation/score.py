@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from qwen_eqx.errors import InputError, positive
-from qwen_eqx.generation.generate import PREFILL_CHUNK, prompt_rows, prompt_width
+from qwen_eqx.generation.prompts import PREFILL_CHUNK, prompt_rows, prompt_width
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.text.ids import bucket, check_ids, pad_left, pad_right
@@ -35,7 +35,7 @@ def score(
         raise InputError(f"prompt: found {len(prompts)} prompts, expected one, or one for each of {len(completions)}")
     answers = [check_ids(row, model.config.vocab, name=f"completions[{n}]") for n, row in enumerate(completions)]
     longest = max(map(len, answers), default=0)
-    asked = prompt_rows(prompts, model.config, max(longest, 1), None)  # pyright: ignore[reportArgumentType]
+    asked = prompt_rows(prompts, model.config, max(longest, 1))  # pyright: ignore[reportArgumentType]
     shared = _shared_prefix([row + answer for row, answer in zip(asked, answers, strict=True)], asked)
     rests = [row[shared:] + answer for row, answer in zip(asked, answers, strict=True)]
     past = _read_prefix(model, asked[0][:shared]) if shared else None
