@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import measure
-from qwen_eqx import Capture, GenerationState, Generator, MemoryPlan, Qwen, prepare
+from qwen_eqx import Capture, GenerationState, Generator, PromptBatch, Qwen, prepare
 from qwen_eqx.weights.hf import skeleton
 
 
@@ -46,8 +46,8 @@ def main(config: Config) -> None:
         rows = []
         for which in ("first", "from the persistent cache"):
             measure.say(f"compile, {which}")
-            found = in_a_process(cache)
-            rows.append([which, f"{found['trace_s']:.1f}", f"{found['compile_s']:.1f}", f"{found['total_s']:.1f}"])
+            taken = in_a_process(cache)
+            rows.append([which, f"{taken['trace_s']:.1f}", f"{taken['compile_s']:.1f}", f"{taken['total_s']:.1f}"])
     title = f"{config.shape}, {config.dtype}, batch {config.batch}, prompt {config.prompt}, "
     measure.heading(
         "Compilation and memory",
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     )
     measure.table(["compilation", "trace and lower s", "compile s", "total s"], rows)
     print()
-    print(f"Plan (the formula): {found['plan_bytes'] / 1e6:,.1f} MB of cache and buffers. By the compiler's account:\n")
+    print(f"Plan (the formula): {taken['plan_bytes'] / 1e6:,.1f} MB of cache and buffers. By the compiler's account:\n")
     measure.table(["program", "outputs MB", "of them in the inputs' place MB", "temporaries MB"], memory(config))
 
 
@@ -71,22 +71,13 @@ def in_a_process(cache: str) -> dict[str, float]:
 
 def compiled(config: Config) -> dict[str, float]:
     """Seconds and bytes of compiling one `generate`."""
-    arrays, static, generator, inputs = program_parts(config)
+    arrays, static, generator, batch = program_parts(config)
     start = time.perf_counter()
-    lowered = jax.jit(program_of(generator, static)).lower(arrays, inputs)
+    lowered = jax.jit(program_of(generator, static)).lower(arrays, batch)
     traced = time.perf_counter()
     lowered.compile()
     end = time.perf_counter()
-    settings = generator.settings
-    plan = MemoryPlan.of(
-        static.config,
-        batch=config.batch,
-        kv_seq=settings.kv_seq,
-        cache_dtype=settings.cache_dtype,
-        sites=len(settings.sites),
-        captured_positions=config.batch * settings.new,
-        capture_dtype=settings.capture_dtype,
-    )
+    plan = generator.settings.memory_plan(static.config, prompts=config.batch, width=batch.tokens.shape[1])
     return {
         "trace_s": traced - start,
         "compile_s": end - traced,
@@ -97,46 +88,46 @@ def compiled(config: Config) -> dict[str, float]:
 
 def memory(config: Config) -> list[list[str]]:
     """Megabytes of outputs and temporaries: `prefill`, `loop` with its state donated, and both as one program."""
-    arrays, static, generator, inputs = program_parts(config)
+    arrays, static, generator, batch = program_parts(config)
 
-    def prefill(arrays: Qwen, inputs: dict[str, Any]) -> Any:
-        return generator.prefill(eqx.combine(arrays, static), **inputs)
+    def prefill(arrays: Qwen, batch: PromptBatch) -> Any:
+        return generator.prefill(eqx.combine(arrays, static), batch)
 
     def loop(arrays: Qwen, state: GenerationState) -> GenerationState:
         return generator.loop(eqx.combine(arrays, static), state)
 
-    state, _ = jax.eval_shape(prefill, arrays, inputs)
+    state, _ = jax.eval_shape(prefill, arrays, batch)
     rows = []
     for name, program in {
-        "prefill": jax.jit(prefill).lower(arrays, inputs),
+        "prefill": jax.jit(prefill).lower(arrays, batch),
         "loop": jax.jit(loop, donate_argnums=1).lower(arrays, state),
-        "generate": jax.jit(program_of(generator, static)).lower(arrays, inputs),
+        "generate": jax.jit(program_of(generator, static)).lower(arrays, batch),
     }.items():
         measure.say(f"memory, {name}")
-        found = program.compile().memory_analysis()
-        assert found is not None
-        sizes = found.output_size_in_bytes, found.alias_size_in_bytes, found.temp_size_in_bytes
+        account = program.compile().memory_analysis()
+        assert account is not None
+        sizes = account.output_size_in_bytes, account.alias_size_in_bytes, account.temp_size_in_bytes
         rows.append([name, *(f"{size / 1e6:,.1f}" for size in sizes)])
     return rows
 
 
-def program_parts(config: Config) -> tuple[Qwen, Qwen, Generator, dict[str, Any]]:
+def program_parts(config: Config) -> tuple[Qwen, Qwen, Generator, PromptBatch]:
     """The model's shapes (compiling needs no weights), what is static in it, and what it is asked to generate."""
     shape = measure.config_of(config.shape)
     model = skeleton(shape, jnp.dtype(config.dtype))
     capture = Capture(layers=range(max(0, shape.layers - config.layers), shape.layers)) if config.layers else None
     prompts = measure.random_prompts(shape, config.batch, config.prompt)
-    generator, inputs = prepare(model, prompts, max_new_tokens=config.max_new_tokens, capture=capture)
+    generator, batch = prepare(model, prompts, max_new_tokens=config.max_new_tokens, capture=capture)
     arrays, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    return arrays, static, generator, jax.block_until_ready(inputs)
+    return arrays, static, generator, jax.block_until_ready(batch)
 
 
-def program_of(generator: Generator, static: Qwen) -> Callable[[Qwen, dict[str, Any]], tuple[Any, ...]]:
+def program_of(generator: Generator, static: Qwen) -> Callable[[Qwen, PromptBatch], tuple[Any, ...]]:
     """What `qwen_eqx.generate` compiles: prefill and loop, with the outputs it keeps."""
 
-    def run(arrays: Qwen, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    def run(arrays: Qwen, batch: PromptBatch) -> tuple[Any, ...]:
         model = eqx.combine(arrays, static)
-        state, prompt_activations = generator.prefill(model, **inputs)
+        state, prompt_activations = generator.prefill(model, batch)
         state = generator.loop(model, state)
         return state.tokens, state.length, state.log_probs, state.buffer, prompt_activations
 

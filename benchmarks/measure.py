@@ -127,8 +127,8 @@ def step_seconds(model: Qwen, prompts: np.ndarray, *, steps: int, repeats: int, 
 
 def stepper(model: Qwen, prompts: np.ndarray, *, steps: int, **options: Any) -> Callable[[], float]:
     """A call that takes `steps` more steps and says how many seconds each took; the first ones, which compile, are taken."""
-    generator, inputs = qwen_eqx.prepare(model, prompts, **options)
-    state, _ = eqx.filter_jit(generator.prefill)(model, **inputs)
+    generator, batch = qwen_eqx.prepare(model, prompts, **options)
+    state, _ = eqx.filter_jit(generator.prefill)(model, batch)
     state = jax.block_until_ready(_steps(model, generator, state, steps))
 
     def run() -> float:
@@ -190,10 +190,10 @@ def llama(bench: Path | None, gguf: Path | None, *, prompts: Sequence[int], new:
     except OSError as error:
         raise InputError(f"llama-bench: {bench} cannot be run: {error.strerror}") from None
     try:
-        found = json.loads(done.stdout)
-        tests = [f"prompt of {each['n_prompt']}" if each["n_prompt"] else f"decoding {each['n_gen']}" for each in found]
-        rates = [f"{test}: {each['avg_ts']:,.1f}" for test, each in zip(tests, found, strict=True)]
-        return f"llama.cpp {found[0]['build_commit']}, {found[0]['model_type']}, tokens/s: {'; '.join(rates)}.\n"
+        runs = json.loads(done.stdout)
+        tests = [f"prompt of {each['n_prompt']}" if each["n_prompt"] else f"decoding {each['n_gen']}" for each in runs]
+        rates = [f"{test}: {each['avg_ts']:,.1f}" for test, each in zip(tests, runs, strict=True)]
+        return f"llama.cpp {runs[0]['build_commit']}, {runs[0]['model_type']}, tokens/s: {'; '.join(rates)}.\n"
     except (ValueError, TypeError, KeyError, IndexError):
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"llama-bench: {bench} printed no tests as JSON; it said: {said}") from None
@@ -202,9 +202,9 @@ def llama(bench: Path | None, gguf: Path | None, *, prompts: Sequence[int], new:
 def heading(title: str, details: str) -> None:
     """Title and provenance: command, commit, device, versions, date."""
     here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
-    commit = (found.stdout.strip() or "no git") + (" with changes" if changed.stdout.strip() else "")
+    commit = (head.stdout.strip() or "no git") + (" with changes" if changed.stdout.strip() else "")
     device = jax.local_devices()[0]
     kind = _cpu() if device.platform == "cpu" else device.device_kind
     print(f"\n## {title}\n\n{details}. `python {' '.join(sys.argv)}`, commit {commit}, {kind}, "

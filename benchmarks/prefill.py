@@ -58,9 +58,9 @@ def main(config: Config) -> None:
 def prefill_seconds(model: Qwen, width: int, config: Config) -> float:
     """Median seconds from token ids to the first chosen token and a filled cache."""
     prompts = measure.random_prompts(model.config, config.batch, width)
-    generator, inputs = prepare(model, prompts, max_new_tokens=1)
+    generator, batch = prepare(model, prompts, max_new_tokens=1)
     prefill = eqx.filter_jit(generator.prefill)
-    return measure.seconds(lambda: prefill(model, **inputs), config.repeats)
+    return measure.seconds(lambda: prefill(model, batch), config.repeats)
 
 
 def flop(config: QwenConfig, batch: int, seq: int) -> float:

@@ -6,8 +6,10 @@ from qwen_eqx.generation.engine import Generator as Generator
 from qwen_eqx.generation.generate import Generation as Generation
 from qwen_eqx.generation.generate import generate as generate
 from qwen_eqx.generation.generate import prepare as prepare
-from qwen_eqx.generation.generate import prompt_width as prompt_width
 from qwen_eqx.generation.memory import MemoryPlan as MemoryPlan
+from qwen_eqx.generation.options import Options as Options
+from qwen_eqx.generation.prompts import PromptBatch as PromptBatch
+from qwen_eqx.generation.prompts import prompt_width as prompt_width
 from qwen_eqx.generation.sample import AbstractFilter as AbstractFilter
 from qwen_eqx.generation.sample import AbstractSampler as AbstractSampler
 from qwen_eqx.generation.sample import Chain as Chain
@@ -18,6 +20,7 @@ from qwen_eqx.generation.sample import Temperature as Temperature
 from qwen_eqx.generation.sample import TopK as TopK
 from qwen_eqx.generation.sample import TopP as TopP
 from qwen_eqx.generation.scheduler import Completion as Completion
+from qwen_eqx.generation.scheduler import ScheduleOptions as ScheduleOptions
 from qwen_eqx.generation.scheduler import schedule as schedule
 from qwen_eqx.generation.score import score as score
 from qwen_eqx.generation.search import Found as Found

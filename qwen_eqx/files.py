@@ -52,16 +52,16 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file; NaN and Infinity are refused."""
     text = read_text(path, limit=limit)
     try:
-        found = json.loads(text, parse_constant=_no_constant)
+        content = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: found {error.msg} at line {error.lineno}, expected JSON") from None
     except RecursionError:
         raise InputError(f"{path}: found JSON nested too deeply, expected a plain object") from None
     except ValueError as error:
         raise InputError(f"{path}: found {error}, expected JSON") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: found a JSON {type(found).__name__}, expected an object")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def fsync_directory(directory: Path) -> None:
@@ -78,7 +78,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def commit(temporary: Path, path: Path) -> None:
+def give_name(temporary: Path, path: Path) -> None:
     """Flush a written temporary file to disk and give it its name in one step."""
     with open(temporary, "rb+") as handle:
         os.fsync(handle.fileno())

@@ -14,9 +14,11 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "qwen_eqx": {
         "": ["errors", "files"],
-        "text": ["chat", "tokenizer"],
-        "model": ["config", "layers", "rope", "attention", "cache", "sites", "edits", "qwen"],
-        "generation": ["sample", "memory", "buffer", "engine", "generate", "scheduler", "score", "search"],
+        "text": ["chat", "ids", "tokenizer"],
+        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "qwen"],
+        "generation": [
+            "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
+        ],
         "weights": ["hub", "hf"],
     },
     "arc": {

@@ -1,4 +1,4 @@
-"""The ring: which slots a row may read, and that where it stands on the ring changes nothing."""
+"""The ring: which entries a row may read, and that where it stands on the ring changes nothing."""
 
 import equinox as eqx
 import jax
@@ -17,22 +17,22 @@ KV_SEQ = 12
 
 
 def written(history: list[int | None], kv_seq: int) -> list[int | None]:
-    """What each slot holds after writing one token after another, None for a pad or another sequence's token."""
-    slots: list[int | None] = [None] * kv_seq
+    """What each entry holds after writing one token after another, None for a pad or another sequence's token."""
+    entries: list[int | None] = [None] * kv_seq
     for index, position in enumerate(history):
-        slots[index % kv_seq] = position
-    return slots
+        entries[index % kv_seq] = position
+    return entries
 
 
 @given(pads=st.integers(0, 30), real=st.integers(1, 8), seq=st.integers(1, 4), kv_seq=st.just(KV_SEQ))
 def test_a_query_sees_its_own_row_s_tokens_up_to_itself(pads: int, real: int, seq: int, kv_seq: int):
-    """`pads` tokens of no concern, then `real` of the row, then a chunk of `seq` more: slot by slot."""
+    """`pads` tokens of no concern, then `real` of the row, then a chunk of `seq` more: entry by entry."""
     history = [None] * pads + list(range(real))
     chunk = list(range(real, real + seq))
     mask = visible(jnp.asarray([chunk]), jnp.asarray(len(history)), kv_seq)
-    slots = written(history + chunk, kv_seq)
+    entries = written(history + chunk, kv_seq)
     for row, query in enumerate(chunk):
-        expected = [held is not None and held <= query for held in slots]
+        expected = [held is not None and held <= query for held in entries]
         assert np.asarray(mask[0, row]).tolist() == expected
 
 
@@ -48,7 +48,7 @@ def read(model: Qwen, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVC
 
 
 def start(index: int, fill: float = 0.0, rows: int = 2) -> KVCache:
-    """A cache in the middle of its life: the next token goes to slot `index`, and every slot holds `fill`."""
+    """A cache in the middle of its life: the next token goes to entry `index`, and every entry holds `fill`."""
     cache = KVCache.init(tiny.CONFIGS["qwen2"], batch=rows, kv_seq=KV_SEQ, dtype=jnp.float32)
     layers = jax.tree.map(lambda leaf: jnp.full_like(leaf, fill), cache.layers)
     return KVCache(layers, jnp.asarray(index, jnp.int32), cache.length)
@@ -65,7 +65,7 @@ def one_by_one(cache: KVCache, tokens: np.ndarray) -> np.ndarray:
 @given(index=st.integers(0, 40) | st.just(10**6), fill=st.sampled_from([0.0, 7.0]), seed=st.integers(0, 99))
 @settings(max_examples=10)
 def test_a_ring_that_wraps_gives_what_a_straight_cache_gives(index: int, fill: float, seed: int):
-    """Whatever older sequences left in the slots."""
+    """Whatever older sequences left in the entries."""
     tokens = np.random.default_rng(seed).integers(0, 97, (2, KV_SEQ))
     expected = np.stack([np.asarray(tiny.model()(jnp.asarray(row))) for row in tokens])
     np.testing.assert_allclose(one_by_one(start(0), tokens), expected, **tolerances.SAME_F32)
@@ -73,7 +73,7 @@ def test_a_ring_that_wraps_gives_what_a_straight_cache_gives(index: int, fill: f
 
 
 def test_a_row_begins_anew_while_another_goes_on():
-    """Row 0's slots still hold its first sequence when it begins the second."""
+    """Row 0's entries still hold its first sequence when it begins the second."""
     rng = np.random.default_rng(0)
     first, second, other = rng.integers(0, 97, 5), rng.integers(0, 97, 6), rng.integers(0, 97, 11)
     cache = start(9)

@@ -13,7 +13,7 @@ import qwen_eqx
 import running
 import tiny
 from qwen_eqx import Capture, Generation, Greedy, InputError
-from qwen_eqx.generation.generate import memory_plan
+from qwen_eqx.generation import engine
 from qwen_eqx.weights.hf import skeleton
 from running import NEW, PROMPTS, assert_same, greedy
 
@@ -119,27 +119,27 @@ def test_one_trace_per_bucket_whatever_the_prompts_keys_and_directions():
 def test_the_memory_plan_is_what_is_allocated(samples: int, positions: str):
     model = tiny.model()
     capture = Capture(sites=SITES[:3], positions=positions, dtype=jnp.bfloat16)
-    generator, inputs = qwen_eqx.prepare(model, PROMPTS[:2], max_new_tokens=5, samples=samples, capture=capture)
-    state, kept = jax.eval_shape(lambda inputs: generator.prefill(model, **inputs), inputs)
+    generator, batch = qwen_eqx.prepare(model, PROMPTS[:2], max_new_tokens=5, samples=samples, capture=capture)
+    state, kept = jax.eval_shape(lambda batch: generator.prefill(model, batch), batch)
 
     def size(tree) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    plan = memory_plan(model.config, generator.settings, 2, inputs["tokens"].shape[1], samples)
+    width = batch.tokens.shape[1]
+    plan = generator.settings.memory_plan(model.config, prompts=2, width=width, samples=samples)
     assert plan.cache_bytes == size(state.cache.layers) > 0
     assert plan.capture_bytes == size((state.buffer, kept)) > 0
     assert plan.total_bytes == plan.cache_bytes + plan.capture_bytes
 
 
 def test_what_does_not_fit_says_what_to_lower(monkeypatch: pytest.MonkeyPatch):
-    module = __import__("sys").modules["qwen_eqx.generate"]
-    monkeypatch.setattr(module, "free_device_bytes", lambda: 10_000)
+    monkeypatch.setattr(engine, "free_device_bytes", lambda: 10_000)
     with pytest.raises(InputError, match="max_new_tokens or the number of rows") as caught:
         qwen_eqx.generate(tiny.model(), PROMPTS, max_new_tokens=NEW)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="the captured sites or positions"):
         running.generate(PROMPTS)
-    monkeypatch.setattr(module, "free_device_bytes", lambda: None)  # a platform that does not say
+    monkeypatch.setattr(engine, "free_device_bytes", lambda: None)  # a platform that does not say
     assert qwen_eqx.prepare(tiny.model(), PROMPTS, max_new_tokens=NEW)
 
 
@@ -149,13 +149,13 @@ def test_the_loop_updates_cache_and_buffer_in_place(dtype: str):
     config = dataclasses.replace(tiny.CONFIGS["qwen2"], layers=8, max_seq=4096)
     model = skeleton(config, jnp.dtype(dtype))
     options = {"max_new_tokens": 3000, "capture": Capture(layers=range(8))}
-    generator, inputs = qwen_eqx.prepare(model, PROMPTS[:3], **options)
+    generator, batch = qwen_eqx.prepare(model, PROMPTS[:3], **options)
     arrays, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    state, _ = jax.eval_shape(lambda a, i: generator.prefill(eqx.combine(a, static), **i), arrays, inputs)
+    state, _ = jax.eval_shape(lambda a, b: generator.prefill(eqx.combine(a, static), b), arrays, batch)
     loop = jax.jit(lambda a, s: generator.loop(eqx.combine(a, static), s), donate_argnums=1)
     memory = loop.lower(arrays, state).compile().memory_analysis()
     assert memory is not None
-    plan = memory_plan(config, generator.settings, 3, inputs["tokens"].shape[1]).total_bytes
+    plan = generator.settings.memory_plan(config, prompts=3, width=batch.tokens.shape[1]).total_bytes
     assert memory.output_size_in_bytes > plan
     assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
     assert memory.temp_size_in_bytes < 0.1 * plan  # attention's scores; one more copy of cache or buffer would be half

@@ -1,5 +1,8 @@
 """The laws of generation: what comes out is what plain passes give, however the work was cut up."""
 
+import dataclasses
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,9 +135,9 @@ def test_samples_share_a_prefill_and_are_runs_of_their_own():
     assert len({np.asarray(row).tobytes() for row in both.tokens}) == 4
     sampled = np.asarray(both.tokens)
     for sample in range(2):
-        generator, inputs = qwen_eqx.prepare(tiny.model(), PROMPTS[1:3], max_new_tokens=NEW, sampler=PLAIN)
-        inputs["keys"] = row_keys(key, np.arange(2), np.full(2, sample))
-        np.testing.assert_array_equal(by_hand(tiny.model(), generator, inputs).tokens, sampled[sample::2])
+        generator, batch = qwen_eqx.prepare(tiny.model(), PROMPTS[1:3], max_new_tokens=NEW, sampler=PLAIN)
+        batch = dataclasses.replace(batch, keys=row_keys(key, np.arange(2), np.full(2, sample)))
+        np.testing.assert_array_equal(by_hand(tiny.model(), generator, batch).tokens, sampled[sample::2])
 
 
 def row_keys(key, items, samples):
@@ -142,9 +145,9 @@ def row_keys(key, items, samples):
     return jax.numpy.stack([fold(fold(key, int(i)), int(s)) for i, s in zip(items, samples, strict=True)])
 
 
-def by_hand(model, generator, inputs):
+def by_hand(model, generator, batch):
     """Generation by its public pieces, one step after another."""
-    state, _ = running.eqx.filter_jit(generator.prefill)(model, **inputs)
+    state, _ = running.eqx.filter_jit(generator.prefill)(model, batch)
     step = running.eqx.filter_jit(generator.step)
     while not bool(state.done.all()):
         state = step(model, state)
@@ -153,8 +156,8 @@ def by_hand(model, generator, inputs):
 
 def test_stepping_by_hand_is_generate():
     capture = Capture(sites=tiny.d_model_sites(tiny.model().config), positions="all")
-    generator, inputs = qwen_eqx.prepare(tiny.model(), PROMPTS, max_new_tokens=NEW, capture=capture)
-    state = by_hand(tiny.model(), generator, inputs)
+    generator, batch = qwen_eqx.prepare(tiny.model(), PROMPTS, max_new_tokens=NEW, capture=capture)
+    state = by_hand(tiny.model(), generator, batch)
     assert_same(Generation(state.tokens, state.length, state.log_probs, state.activations, None), greedy())
     assert int(state.column) == NEW
 
@@ -170,6 +173,30 @@ def test_what_is_drawn_for_an_item_depends_on_no_batch_and_no_order():
     assert not np.array_equal(other.tokens, whole.tokens)
     raw = generate(PROMPTS, sampler=PLAIN, key=jax.random.PRNGKey(7), items=[10, 11, 12, 13])
     assert_same(raw, whole, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (qwen_eqx.generate, qwen_eqx.Options),
+        (qwen_eqx.prepare, qwen_eqx.Options),
+        (qwen_eqx.schedule, qwen_eqx.ScheduleOptions),
+    ],
+)
+def test_a_call_says_which_keywords_it_takes(call, options: type):
+    model, prompts, *keywords = inspect.signature(call).parameters.values()
+    assert (model.name, prompts.name) == ("model", "prompts")
+    fields = dataclasses.fields(options)
+    assert [keyword.name for keyword in keywords] == [field.name for field in fields]
+    for keyword, field in zip(keywords, fields, strict=True):
+        assert keyword.kind is inspect.Parameter.KEYWORD_ONLY
+        missing = field.default is dataclasses.MISSING
+        assert keyword.default is (inspect.Parameter.empty if missing else field.default)
+    required = {field.name: 1 for field in fields if field.default is dataclasses.MISSING}
+    with pytest.raises(TypeError, match="sampeler"):
+        call(tiny.model(), PROMPTS, sampeler=PLAIN, **required)
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        call(tiny.model(), PROMPTS)
 
 
 def test_top_1_is_greedy():

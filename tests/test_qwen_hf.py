@@ -147,8 +147,8 @@ def test_a_save_cut_between_renames_does_not_open(tmp_path: Path, monkeypatch: p
         done.append(path)
         real(temporary, path)
 
-    real = qwen_eqx.weights.hf.commit
-    monkeypatch.setattr(qwen_eqx.weights.hf, "commit", cut)
+    real = qwen_eqx.weights.hf.give_name
+    monkeypatch.setattr(qwen_eqx.weights.hf, "give_name", cut)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(random_model(SMALL, seed=2), None, tmp_path, max_shard_bytes=2000)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

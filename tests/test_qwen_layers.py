@@ -16,6 +16,7 @@ import tolerances
 from qwen_eqx.model import attention
 from qwen_eqx.model.attention import attend, blockwise
 from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
+from qwen_eqx.model.rope import Rotation
 
 
 def normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
@@ -65,10 +66,13 @@ def test_linear_without_bias():
 @settings(max_examples=5)
 def test_swiglu(seed: int):
     mlp = SwiGLU(*(Linear(normal(seed + i, *shape), None) for i, shape in enumerate([(6, 4), (6, 4), (4, 6)])))
-    x = normal(seed + 9, 3, 4)
+    x, met = normal(seed + 9, 1, 3, 4), {}
     hidden = oracles.silu(wide(x) @ wide(mlp.gate.weight).T) * (wide(x) @ wide(mlp.up.weight).T)
-    np.testing.assert_allclose(mlp.hidden(x), hidden, **tolerances.SAME_F32)
-    np.testing.assert_allclose(mlp.down(mlp.hidden(x)), hidden @ wide(mlp.down.weight).T, rtol=1e-4, atol=1e-4)
+    y = mlp(x, lambda kind, value: met.setdefault(kind, value))
+    np.testing.assert_allclose(met.pop("mlp_post"), hidden, **tolerances.SAME_F32)
+    np.testing.assert_allclose(y, hidden @ wide(mlp.down.weight).T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(mlp(x), y)
+    assert not met
 
 
 def test_embedding_looks_rows_up():
@@ -89,6 +93,29 @@ def test_attend_groups_query_heads_over_key_heads(seed: int):
         for member in range(group):
             expected = oracles.attention(wide(q[0, :, head, member]), wide(k[0, head]), wide(v[0, head]))
             np.testing.assert_allclose(z[0, :, head, member], expected, **tolerances.SAME_F32)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_attention_by_itself(name: str):
+    """W_o z against the plain statement of a whole decoder, whose first block reads the norm of the embeddings."""
+    model, tokens = tiny.model(name), np.random.default_rng(0).integers(0, 50, 7)
+    block, places = model.blocks[0], oracles.decoder(model, tokens)[1]
+    x = block.attn_norm(model.embed(jnp.asarray(tokens)[None]))
+    rotation = Rotation.at(jnp.arange(7)[None], model.config.d_head, model.config.rope_theta)
+    met = {}
+    y, cache = block.attn(x, rotation, jnp.tril(jnp.ones((1, 7, 7), bool)), tap=lambda kind, a: met.setdefault(kind, a))
+    assert list(met) == ["q", "k", "v", "z"]
+    for kind, value in (met | {"attn_out": y}).items():
+        np.testing.assert_allclose(value[0], places[0, kind], err_msg=kind, **tolerances.LOGITS_F32)
+    assert cache.keys.shape == (1, model.config.kv_heads, 7, model.config.d_head)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_of_a_block_keep_the_dtype_they_read(dtype: str):
+    block, x = tiny.model(dtype=dtype).blocks[0], normal(0, 1, 3, 16, dtype=dtype)
+    rotation = Rotation.at(jnp.arange(3)[None], 6, 10_000.0)
+    y, cache = block.attn(x, rotation, jnp.tril(jnp.ones((1, 3, 3), bool)))
+    assert {part.dtype for part in (y, cache.keys, cache.values, block.mlp(x))} == {jnp.dtype(dtype)}
 
 
 def test_what_the_mask_hides_cannot_matter():
@@ -121,7 +148,7 @@ def test_attention_in_blocks_equals_attention_at_once(data):
 
 
 def test_a_long_prompt_in_chunks_and_blocks_equals_a_plain_forward(monkeypatch: pytest.MonkeyPatch):
-    """Two chunks of 300 over 601 slots: past the size from which attention goes block by block."""
+    """Two chunks of 300 over 601 entries: past the size from which attention goes block by block."""
     model = tiny.random_model(dataclasses.replace(tiny.CONFIGS["qwen2"], max_seq=1024))
     prompt = np.random.default_rng(0).integers(0, 97, 600).tolist()
     out = qwen_eqx.generate(model, [prompt], max_new_tokens=1, prefill_chunk=300)

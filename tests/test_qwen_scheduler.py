@@ -131,7 +131,7 @@ def test_a_late_prompt_that_is_too_long_is_named():
 
 
 def test_the_ring_turns_many_times():
-    """Far more steps than the cache has slots: positions and visibility survive the wrap."""
+    """Far more steps than the cache has entries: positions and visibility survive the wrap."""
     asked = prompts(30, seed=5)
     alone = qwen_eqx.generate(tiny.model(), asked, **options(stop_tokens=[]))
     found = list(qwen_eqx.schedule(tiny.model(), asked, slots=2, **options(stop_tokens=[])))

@@ -1,5 +1,6 @@
 """Places are spelled two ways, and a wrong one is refused with those that exist."""
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,15 @@ def test_the_contract_s_spellings():
     )
     assert str(Site(1, "q")) == "blocks.1.attn.hook_q"
     assert str(Site(0, "mlp_post")) == "blocks.0.mlp.hook_post"
+
+
+def test_sites_sort_as_the_model_computes_them():
+    """And so do the kinds of one block, as listed: what a tap meets, in order."""
+    met = []
+    tiny.model().forward(jnp.arange(3)[None], jnp.zeros(1, jnp.int32), tap=lambda site, x: met.append(site) or x)
+    assert met == [Site(layer, kind) for layer in range(CONFIG.layers) for kind in KINDS]
+    assert met == sorted(set(met)) == sorted(set(met), key=lambda site: site.depth)
+    assert Site(0, "resid_post") < Site(1, "resid_pre") <= Site(1, "resid_pre") < Site(1, "attn_out")
 
 
 UNKNOWN = [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qwen_eqx import InputError, Tokenizer
 from qwen_eqx.text.chat import ChatTemplate
-from qwen_eqx.text.tokenizer import bucket, check_ids, pad_left
+from qwen_eqx.text.ids import bucket, check_ids, pad_left, pad_right
 from qwen_eqx.weights.hub import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
@@ -296,6 +296,13 @@ def test_left_padding_keeps_every_row_at_the_right(rows: list[list[int]], pad: i
         assert found == [pad] * (9 - len(row)) + row
 
 
-def test_a_row_longer_than_the_padding():
+@given(rows=st.lists(st.lists(st.integers(0, 511), max_size=9), min_size=1, max_size=5), pad=st.integers(0, 511))
+def test_right_padding_is_left_padding_seen_in_a_mirror(rows: list[list[int]], pad: int):
+    mirrored = pad_left([row[::-1] for row in rows], 9, pad)[:, ::-1]
+    np.testing.assert_array_equal(pad_right(rows, 9, pad), mirrored)
+
+
+@pytest.mark.parametrize("padded", [pad_left, pad_right])
+def test_a_row_longer_than_the_padding(padded):
     with pytest.raises(InputError, match=r"rows\[1\]: found 3 tokens, expected at most length=2"):
-        pad_left([[1], [1, 2, 3]], 2, 0)
+        padded([[1], [1, 2, 3]], 2, 0)

@@ -14,7 +14,7 @@ import qwen_eqx
 import sae
 from arc.ask import Request
 from arc.encode import FENCE, Encoder
-from qwen_eqx.text.tokenizer import bucket
+from qwen_eqx.text.ids import bucket
 from qwen_lab import rows
 
 

@@ -17,7 +17,7 @@ import arc
 import extract
 import qwen_eqx
 import sae
-from qwen_eqx.text.tokenizer import bucket
+from qwen_eqx.text.ids import bucket
 from sae.data import buffer
 
 

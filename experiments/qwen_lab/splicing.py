@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 import arc
 import qwen_eqx
 import sae
-from qwen_eqx.text.tokenizer import bucket
+from qwen_eqx.text.ids import bucket
 from qwen_lab import places
 from qwen_lab.places import Place
 

@@ -1,6 +1,6 @@
 """The compiled pieces of generation: read prompts, take a step, loop until all rows are done."""
 
-import dataclasses
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from qwen_eqx.generation.buffer import ActivationBuffer
+from qwen_eqx.generation.memory import free_device_bytes
+from qwen_eqx.generation.options import Options, Settings
+from qwen_eqx.generation.prompts import PromptBatch
 from qwen_eqx.generation.sample import AbstractSampler, needs_seen
 from qwen_eqx.model.cache import KVCache
-from qwen_eqx.model.edits import AbstractEdit, EditTap
+from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
 from qwen_eqx.model.qwen import Qwen
-from qwen_eqx.model.sites import Recorder, Site
+from qwen_eqx.model.sites import Recorder
 
 
 class GenerationState(eqx.Module):
@@ -38,24 +41,6 @@ class GenerationState(eqx.Module):
         return None if self.buffer is None else self.buffer.values
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is fixed when the loop is compiled."""
-
-    new: int  # columns = the most tokens a row may generate
-    kv_seq: int  # slots of the cache
-    cache_dtype: str
-    stop_tokens: tuple[int, ...] = ()
-    stop_sequences: tuple[tuple[int, ...], ...] = ()
-    pad_token: int = 0
-    sites: tuple[Site, ...] = ()
-    keep_generated: bool = False
-    keep_prompt: bool = False
-    capture_dtype: str = "bfloat16"
-    prefill_chunk: int = 1 << 30  # prompts wider than this are read in pieces of it
-    stride: int = 1  # steps between two looks at whether all rows are done
-
-
 class PromptState(eqx.Module):
     """Prompts that were read once and can be continued any number of times."""
 
@@ -67,6 +52,15 @@ class PromptState(eqx.Module):
     activations: Float[Array, "sites prompts prompt d_model"] | None  # of the whole prompts; 0 at pads
 
 
+class _Reading(NamedTuple):
+    """What reading prompts, chunk by chunk, has come to."""
+
+    cache: KVCache
+    x: Float[Array, "prompts d_model"]  # the residual stream at the last position
+    last: Float[Array, "sites prompts 1 d_model"] | None  # captured there
+    kept: Float[Array, "sites prompts prompt d_model"] | None  # captured everywhere; None unless prompts are kept
+
+
 class Generator(eqx.Module):
     """Sampler, edits and settings: with a model, everything needed to prefill, step and loop."""
 
@@ -74,22 +68,26 @@ class Generator(eqx.Module):
     edits: tuple[AbstractEdit, ...]
     settings: Settings = eqx.field(static=True)
 
+    @classmethod
+    def init(cls, model: Qwen, options: Options, *, prompts: int, width: int, samples: int = 1) -> "Generator":
+        """The options, checked against the model and against the memory that so many prompts of this width need."""
+        settings = options.settings(model, width)
+        plan = settings.memory_plan(model.config, prompts=prompts, width=width, samples=samples)
+        plan.check_fits(free_device_bytes())
+        return cls(options.sampler, resolve_edits(options.edits, model.config), settings)
+
     def prefill(
-        self,
-        model: Qwen,
-        tokens: Int[Array, "prompts prompt"],
-        lengths: Int[Array, " prompts"],
-        keys: Key[Array, " batch"],
+        self, model: Qwen, batch: PromptBatch
     ) -> tuple[GenerationState, Float[Array, "sites prompts prompt d_model"] | None]:
-        """Reads left-padded prompts once and chooses the first token of batch = n · prompts rows, n for each prompt."""
-        prompt = self.read(model, tokens, lengths)
-        return self.begin(model, prompt, keys), prompt.activations
+        """Reads the prompts once and chooses the first token of every row; what was captured at the prompts comes along."""
+        prompt = self.read(model, batch.tokens, batch.lengths)
+        return self.begin(model, prompt, batch.keys), prompt.activations
 
     def read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]) -> PromptState:
         """Reads left-padded prompts."""
-        x, cache, last, kept = self._read(model, tokens, lengths)
+        end = self._read(model, tokens, lengths)
         seen = _mark(tokens, lengths, model.config.vocab) if needs_seen(self.sampler) else None
-        return PromptState(cache, model.logits(x), last, seen, lengths, kept)
+        return PromptState(end.cache, model.logits(end.x), end.last, seen, lengths, end.kept)
 
     def begin(self, model: Qwen, prompt: PromptState, keys: Key[Array, " batch"]) -> GenerationState:
         """Chooses the first token of each row; several rows may share a prompt."""
@@ -222,15 +220,14 @@ class Generator(eqx.Module):
         values = jnp.stack([recorder.values[site][:, wanted] for site in self.settings.sites])
         return x, cache, values.astype(self.settings.capture_dtype)
 
-    def _read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]):
-        """The last position's residual stream, the cache, and captured activations of the last and of all positions."""
+    def _read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]) -> _Reading:
         prompts, width = tokens.shape
         empty = KVCache.init(model.config, batch=prompts, kv_seq=self.settings.kv_seq, dtype=self.settings.cache_dtype)
         empty = eqx.tree_at(lambda c: c.length, empty, lengths - width)  # the pads come first
         if width <= self.settings.prefill_chunk:
             x, cache, kept = self._forward(model, tokens, empty, lengths, fresh=True)
             last = None if kept is None else kept[:, :, -1:]
-            return x[:, -1], cache.grown(empty), last, self._without_pads(kept, lengths)
+            return _Reading(cache.grown(empty), x[:, -1], last, self._without_pads(kept, lengths))
         chunk = self.settings.prefill_chunk
         kept = None
         if self.settings.keep_prompt:
@@ -238,20 +235,20 @@ class Generator(eqx.Module):
                 (len(self.settings.sites), prompts, width, model.config.d_model), self.settings.capture_dtype
             )
 
-        def read(i: Int[Array, ""], carry):
-            cache, _, _, kept = carry
+        def read(i: Int[Array, ""], before: _Reading) -> _Reading:
             part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
-            x, cache, values = self._forward(model, part, cache, lengths)
+            x, cache, values = self._forward(model, part, before.cache, lengths)
+            kept = before.kept
             if kept is not None and values is not None:
                 kept = jax.lax.dynamic_update_slice_in_dim(kept, values, i * chunk, axis=2)
-            return cache, x[:, -1], None if values is None else values[:, :, -1:], kept
+            return _Reading(cache, x[:, -1], None if values is None else values[:, :, -1:], kept)
 
         x = jnp.zeros((prompts, model.config.d_model), model.dtype)
         last = None
         if self.settings.sites:
             last = jnp.zeros((len(self.settings.sites), prompts, 1, model.config.d_model), self.settings.capture_dtype)
-        cache, x, last, kept = jax.lax.fori_loop(0, width // chunk, read, (empty, x, last, kept))
-        return x, cache, last, self._without_pads(kept, lengths)
+        end = jax.lax.fori_loop(0, width // chunk, read, _Reading(empty, x, last, kept))
+        return end._replace(kept=self._without_pads(end.kept, lengths))
 
     def _without_pads(
         self, kept: Float[Array, "sites prompts prompt d_model"] | None, lengths: Int[Array, " prompts"]

@@ -6,7 +6,8 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Integer, Key, PRNGKeyArray
 
 from qwen_eqx.errors import InputError
 
@@ -153,6 +154,23 @@ class Chain(AbstractSampler):
 def needs_seen(sampler: AbstractSampler) -> bool:
     """Whether a sampler must be told which tokens have been seen."""
     return any(map(needs_seen, sampler.steps)) if isinstance(sampler, Chain) else sampler.uses_seen
+
+
+def row_keys(
+    key: PRNGKeyArray | None, items: Integer[np.ndarray, " batch"], samples: Integer[np.ndarray, " batch"]
+) -> Key[Array, " batch"]:
+    """One key per row, folded from (seed, item, sample): a sequence is the same alone, in any batch, in any order."""
+    root = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(root.dtype, jax.dtypes.prng_key):
+        root = jax.random.wrap_key_data(root)  # a key of jax.random.PRNGKey
+    return _fold(root, jnp.asarray(items, jnp.uint32), jnp.asarray(samples, jnp.uint32))
+
+
+@jax.jit
+def _fold(
+    root: PRNGKeyArray, items: Integer[Array, " batch"], samples: Integer[Array, " batch"]
+) -> Key[Array, " batch"]:
+    return jax.vmap(lambda item, sample: jax.random.fold_in(jax.random.fold_in(root, item), sample))(items, samples)
 
 
 def draw(logits: Logits, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:

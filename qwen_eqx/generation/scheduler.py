@@ -1,10 +1,10 @@
 """Many prompts through few slots: a slot is refilled as soon as its sequence ends.
 
-All rows share one write index into the ring of cache slots; a new prompt is laid down so that it ends where the index
+All rows share one write index into the ring of cache entries; a new prompt is laid down so that it ends where the index
 stands, whatever the other rows are doing, so that each step remains one slice update for the whole batch.
 """
 
-from collections import deque
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Literal, NamedTuple
 
@@ -12,27 +12,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
-from qwen_eqx.errors import InputError
+from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
-from qwen_eqx.generation.generate import (
-    PREFILL_CHUNK,
-    make_settings,
-    memory_plan,
-    positive,
-    prompt_rows,
-    prompt_width,
-    row_keys,
-)
-from qwen_eqx.generation.memory import free_device_bytes
-from qwen_eqx.generation.sample import AbstractSampler, Greedy, needs_seen
+from qwen_eqx.generation.options import Options, by_keyword
+from qwen_eqx.generation.prompts import prompt_rows, prompt_width
+from qwen_eqx.generation.sample import needs_seen, row_keys
 from qwen_eqx.model.cache import KVCache
-from qwen_eqx.model.edits import AbstractEdit, resolve_edits
 from qwen_eqx.model.qwen import Qwen
-from qwen_eqx.model.sites import Capture
-from qwen_eqx.text.tokenizer import pad_left
+from qwen_eqx.text.ids import pad_left
 
 
 class Completion(NamedTuple):
@@ -48,61 +37,44 @@ class Completion(NamedTuple):
     prompt_activations: Float[Array, "sites prompt d_model"] | None  # right-aligned; 0 at pads
 
 
-def schedule(
-    model: Qwen,
-    prompts: Iterable[Sequence[int]],
-    *,
-    slots: int,
-    max_new_tokens: int,
-    max_prompt_tokens: int | None = None,
-    order: Literal["finished", "arrival"] = "finished",
-    sampler: AbstractSampler = Greedy(),  # noqa: B008
-    stop_tokens: Sequence[int] = (),
-    stop_sequences: Sequence[Sequence[int]] = (),
-    limits: Sequence[int] | None = None,
-    capture: Capture | None = None,
-    edits: Sequence[AbstractEdit] = (),
-    key: PRNGKeyArray | None = None,
-    samples: int = 1,
-    items: Sequence[int] | None = None,
-    pad_token: int | None = None,
-    cache_dtype: DTypeLike | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-    progress: Callable[[Completion], None] | None = None,
-) -> Iterator[Completion]:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ScheduleOptions(Options):
+    """The keywords of `schedule`: those of `generate`, and these."""
+
+    slots: int
+    """Sequences decoded together."""
+    max_prompt_tokens: int | None = None
+    """Of the longest prompt; needed where the prompts come one by one."""
+    order: Literal["finished", "arrival"] = "finished"
+    """In which completions are yielded."""
+    limits: Sequence[int] | None = None
+    """For each prompt, what lowers its `max_new_tokens`."""
+    progress: Callable[[Completion], None] | None = None
+    """Called with every completion."""
+
+
+@by_keyword(ScheduleOptions)
+def schedule(model: Qwen, prompts: Iterable[Sequence[int]], options: ScheduleOptions) -> Iterator[Completion]:
     """Completes any number of prompts with the results that `generate` gives each of them alone.
 
     Yields completions as they finish, or in order of arrival; then nothing is begun more than 4 · slots sequences ahead of
     the oldest unfinished one, so memory stays bounded. `prompts` may be endless if `max_prompt_tokens` bounds their length.
     `limits[item]` lowers `max_new_tokens` for single prompts; `items[item]` is the number that its draws depend on (default:
-    its place, as in `generate`). `progress` is called with every completion.
+    its place, as in `generate`). `progress` is called with every completion. The keywords are the fields of
+    `ScheduleOptions`.
     """
-    positive("slots", slots)
-    positive("max_new_tokens", max_new_tokens)
-    positive("samples", samples)
-    if order not in ("finished", "arrival"):
-        raise InputError(f"order: found {order!r}, expected 'finished' or 'arrival'")
-    if max_prompt_tokens is None:
+    positive("slots", options.slots)
+    if options.order not in ("finished", "arrival"):
+        raise InputError(f"order: found {options.order!r}, expected 'finished' or 'arrival'")
+    longest = options.max_prompt_tokens
+    if longest is None:
         if not isinstance(prompts, Sized):
             raise InputError("max_prompt_tokens: missing, expected a number when the prompts come one by one")
-        prompts = prompt_rows(list(prompts), model.config, max_new_tokens, pad_token)
-        max_prompt_tokens = max(map(len, prompts), default=1)
-    width = prompt_width(max_prompt_tokens, prefill_chunk)
-    settings = make_settings(
-        model,
-        new=max_new_tokens,
-        kv_seq=width + max_new_tokens,
-        stop_tokens=stop_tokens,
-        stop_sequences=stop_sequences,
-        capture=capture,
-        pad_token=pad_token,
-        cache_dtype=cache_dtype,
-        prefill_chunk=prefill_chunk,
-    )
-    memory_plan(model.config, settings, slots, width).check_fits(free_device_bytes())
-    generator = Generator(sampler, resolve_edits(edits, model.config), settings)
-    waiting = _arrivals(model, prompts, max_prompt_tokens, samples, max_new_tokens, limits, items)
-    return _Slots(model, generator, slots, key).run(waiting, order, progress)
+        prompts = prompt_rows(list(prompts), model.config, options.max_new_tokens, options.pad_token)
+        longest = max(map(len, prompts), default=1)
+    width = prompt_width(longest, options.prefill_chunk)
+    generator = Generator.init(model, options, prompts=options.slots, width=width)
+    return _Slots(model, generator, options).run(_arrivals(model, prompts, longest, options))
 
 
 class _Arrival(NamedTuple):
@@ -115,63 +87,47 @@ class _Arrival(NamedTuple):
 
 
 def _arrivals(
-    model: Qwen,
-    prompts: Iterable[Sequence[int]],
-    longest: int,
-    samples: int,
-    max_new_tokens: int,
-    limits: Sequence[int] | None,
-    items: Sequence[int] | None,
+    model: Qwen, prompts: Iterable[Sequence[int]], longest: int, options: ScheduleOptions
 ) -> Iterator[_Arrival]:
+    most = options.max_new_tokens
     for item, prompt in enumerate(prompts):
-        (row,) = prompt_rows([prompt], model.config, max_new_tokens, None, first=item)
+        (row,) = prompt_rows([prompt], model.config, most, first=item)
         if len(row) > longest:
             raise InputError(f"prompts[{item}]: found {len(row)} tokens, expected at most max_prompt_tokens={longest}")
-        limit = max_new_tokens if limits is None else min(int(limits[item]), max_new_tokens)
+        limit = most if options.limits is None else min(int(options.limits[item]), most)
         positive(f"limits[{item}]", limit)
-        keyed = item if items is None else int(items[item])
-        if not 0 <= keyed < 2**32:
-            raise InputError(f"items[{item}]: found {keyed}, expected a number from 0 to 2^32 - 1")
-        for sample in range(samples):
-            yield _Arrival(item * samples + sample, item, sample, row, limit, keyed)
+        keyed = options.number(item)
+        for sample in range(options.samples):
+            yield _Arrival(item * options.samples + sample, item, sample, row, limit, keyed)
 
 
 class _Slots:
-    """The slots' state on the device, and who sits in them."""
+    """The slots' state on the device, and whose sequence is in each."""
 
-    def __init__(self, model: Qwen, generator: Generator, slots: int, key: PRNGKeyArray | None):
-        self.model, self.generator, self.key = model, generator, key
-        self.seats: list[tuple[_Arrival, PromptState] | None] = [None] * slots
-        self.state = _vacant(model, generator, slots)
+    def __init__(self, model: Qwen, generator: Generator, options: ScheduleOptions):
+        self.model, self.generator, self.options = model, generator, options
+        self.taken: list[tuple[_Arrival, PromptState] | None] = [None] * options.slots
+        self.state = _vacant(model, generator, options.slots)
         self.read: tuple[int, PromptState] | None = None  # the last prompt read: its samples share it
 
-    def run(
-        self, waiting: Iterator[_Arrival], order: str, progress: Callable[[Completion], None] | None
-    ) -> Iterator[Completion]:
+    def run(self, waiting: Iterator[_Arrival]) -> Iterator[Completion]:
         begun, next_out, held = 0, 0, dict[int, Completion]()
-        ahead = 4 * len(self.seats)
-        queue = deque[_Arrival]()
+        in_order = self.options.order == "arrival"
         while True:
-            for seat, taken in enumerate(self.seats):
-                if taken is None and (order == "finished" or begun - next_out < ahead):
-                    arrival = queue.popleft() if queue else next(waiting, None)
+            for slot, taken in enumerate(self.taken):
+                if taken is None and (not in_order or begun - next_out < 4 * len(self.taken)):
+                    arrival = next(waiting, None)
                     if arrival is None:
                         break
-                    self._seat(seat, arrival)
+                    self._enter(slot, arrival)
                     begun += 1
-            if all(taken is None for taken in self.seats):
+            if all(taken is None for taken in self.taken):
                 break
-            done = np.asarray(self.state.done)
-            if not any(taken is not None and done[seat] for seat, taken in enumerate(self.seats)):
-                self.state = _run((self.model, self.generator), self.state)
-                done = np.asarray(self.state.done)
-            for seat, taken in enumerate(self.seats):
-                if taken is not None and done[seat]:
-                    completion = self._leave(seat, *taken)
-                    if progress is not None:
-                        progress(completion)
-                    held[taken[0].number] = completion
-            if order == "finished":
+            for number, completion in self._finished():
+                if self.options.progress is not None:
+                    self.options.progress(completion)
+                held[number] = completion
+            if not in_order:
                 next_out += len(held)
                 yield from held.values()
                 held.clear()
@@ -179,34 +135,42 @@ class _Slots:
                 yield held.pop(next_out)
                 next_out += 1
 
-    def _seat(self, seat: int, arrival: _Arrival) -> None:
+    def _enter(self, slot: int, arrival: _Arrival) -> None:
+        settings = self.generator.settings
         if self.read is None or self.read[0] != arrival.item:
-            chunk = self.generator.settings.prefill_chunk
-            width = prompt_width(len(arrival.prompt), chunk)
-            width = min(width, self.generator.settings.kv_seq - self.generator.settings.new)
-            tokens = jnp.asarray(pad_left([arrival.prompt], width, self.generator.settings.pad_token))
+            width = min(prompt_width(len(arrival.prompt), settings.prefill_chunk), settings.kv_seq - settings.new)
+            tokens = jnp.asarray(pad_left([arrival.prompt], width, settings.pad_token))
             length = jnp.asarray([len(arrival.prompt)], jnp.int32)
             self.read = arrival.item, _read(self.model, self.generator, tokens, length)
         prompt = self.read[1]
-        key = row_keys(self.key, np.asarray([arrival.keyed]), np.asarray([arrival.sample]))
-        place = jnp.asarray(seat, jnp.int32), jnp.asarray(arrival.limit, jnp.int32)
-        self.state = _admit((self.model, self.generator, prompt, key, *place), self.state)
-        self.seats[seat] = arrival, prompt
+        key = row_keys(self.options.key, np.asarray([arrival.keyed]), np.asarray([arrival.sample]))
+        place = jnp.asarray(slot, jnp.int32), jnp.asarray(arrival.limit, jnp.int32)
+        self.state = _admit(_Admission(self.model, self.generator, prompt, key, *place), self.state)
+        self.taken[slot] = arrival, prompt
 
-    def _leave(self, seat: int, arrival: _Arrival, prompt: PromptState) -> Completion:
-        tokens, log_probs, activations, length = _harvest(self.state, jnp.asarray(seat, jnp.int32))
-        self.seats[seat] = None
-        count = int(length)
-        kept = None if prompt.activations is None else prompt.activations[:, 0]
+    def _finished(self) -> Iterator[tuple[int, Completion]]:
+        """Runs until there is a finished sequence, and takes all there are out of their slots."""
+        done = np.asarray(self.state.done)
+        if not any(taken is not None and done[slot] for slot, taken in enumerate(self.taken)):
+            self.state = _run(_Program(self.model, self.generator), self.state)
+            done = np.asarray(self.state.done)
+        for slot, taken in enumerate(self.taken):
+            if taken is not None and done[slot]:
+                yield taken[0].number, self._leave(slot, *taken)
+
+    def _leave(self, slot: int, arrival: _Arrival, prompt: PromptState) -> Completion:
+        row = _harvest(self.state, jnp.asarray(slot, jnp.int32))
+        self.taken[slot] = None
+        length = int(row.length)
         return Completion(
             arrival.item,
             arrival.sample,
             len(arrival.prompt),
-            count,
-            np.asarray(tokens)[:count],
-            np.asarray(log_probs)[:count],
-            activations,
-            kept,
+            length,
+            np.asarray(row.tokens)[:length],
+            np.asarray(row.log_probs)[:length],
+            row.activations,
+            None if prompt.activations is None else prompt.activations[:, 0],
         )
 
 
@@ -226,25 +190,33 @@ def _read(model: Qwen, generator: Generator, tokens: Int[Array, "1 prompt"], len
     return generator.read(model, tokens, lengths)
 
 
-Admission = tuple[Qwen, Generator, PromptState, Key[Array, " 1"], Int[Array, ""], Int[Array, ""]]
+class _Admission(NamedTuple):
+    """A prompt that was read, and the slot that its next sample gets."""
+
+    model: Qwen
+    generator: Generator
+    prompt: PromptState
+    key: Key[Array, " 1"]
+    slot: Int[Array, ""]
+    limit: Int[Array, ""]
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _admit(what: Admission, state: GenerationState) -> GenerationState:
+def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
     """Lays a prompt down in a row so that it ends at the write index, and its first token in the column just written."""
-    model, generator, prompt, keys, seat, limit = what
-    one = generator.begin(model, prompt, keys)
+    model, generator, prompt, key, slot, limit = admission
+    one = generator.begin(model, prompt, key)
     back = state.cache.index - one.cache.index
     column = state.column - one.column
 
     def place(rows: Array, part: Array, *, by: Int[Array, ""] = column, axis: int = 0, along: int = 1) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.roll(part, by, axis=along), seat, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.roll(part, by, axis=along), slot, axis=axis)
 
     layers = jax.tree.map(lambda rows, part: place(rows, part, by=back, along=2), state.cache.layers, one.cache.layers)
-    cache = KVCache(layers, state.cache.index, state.cache.length.at[seat].set(one.cache.length[0]))
+    cache = KVCache(layers, state.cache.index, state.cache.length.at[slot].set(one.cache.length[0]))
 
     def put(rows: Array, part: Array) -> Array:
-        return rows.at[seat].set(part[0])
+        return rows.at[slot].set(part[0])
 
     return GenerationState(
         cache=cache,
@@ -254,35 +226,47 @@ def _admit(what: Admission, state: GenerationState) -> GenerationState:
         buffer=jax.tree.map(lambda rows, part: place(rows, part, axis=1, along=2), state.buffer, one.buffer),
         seen=None if state.seen is None or one.seen is None else put(state.seen, one.seen),
         column=state.column,
-        first=state.first.at[seat].set(column),
+        first=state.first.at[slot].set(column),
         length=put(state.length, one.length),
-        limit=state.limit.at[seat].set(limit),
-        done=state.done.at[seat].set(one.done[0] | (one.length[0] >= limit)),
+        limit=state.limit.at[slot].set(limit),
+        done=state.done.at[slot].set(one.done[0] | (one.length[0] >= limit)),
         prompt_length=put(state.prompt_length, one.prompt_length),
         keys=put(state.keys, one.keys),
     )
 
 
+class _Program(NamedTuple):
+    model: Qwen
+    generator: Generator
+
+
 @eqx.filter_jit(donate="all-except-first")
-def _run(what: tuple[Qwen, Generator], state: GenerationState) -> GenerationState:
+def _run(program: _Program, state: GenerationState) -> GenerationState:
     """Steps until a row that was running is done."""
-    model, generator = what
     idle = state.done
 
     def more(state: GenerationState) -> Bool[Array, ""]:
         return ~(state.done & ~idle).any()
 
-    return jax.lax.while_loop(more, lambda s: generator.step(model, s), state)
+    return jax.lax.while_loop(more, lambda s: program.generator.step(program.model, s), state)
+
+
+class _Row(NamedTuple):
+    """One sequence, token 0 in column 0."""
+
+    tokens: Int[Array, " new"]
+    log_probs: Float32[Array, " new"]
+    activations: Float[Array, "sites new d_model"] | None
+    length: Int[Array, ""]
 
 
 @jax.jit
-def _harvest(state: GenerationState, seat: Int[Array, ""]):
-    """A row's tokens, log-probabilities, activations and length, column 0 first."""
-    back = -state.first[seat]
-    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, seat], back, axis=1), state.buffer)
-    return (
-        jnp.roll(state.tokens[seat], back),
-        jnp.roll(state.log_probs[seat], back),
+def _harvest(state: GenerationState, slot: Int[Array, ""]) -> _Row:
+    back = -state.first[slot]
+    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), state.buffer)
+    return _Row(
+        jnp.roll(state.tokens[slot], back),
+        jnp.roll(state.log_probs[slot], back),
         None if buffer is None else buffer.values,
-        state.length[seat],
+        state.length[slot],
     )

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from qwen_eqx.errors import InputError
-from qwen_eqx.generation.generate import PREFILL_CHUNK, positive, prompt_rows, prompt_width
+from qwen_eqx.errors import InputError, positive
+from qwen_eqx.generation.prompts import PREFILL_CHUNK, prompt_rows, prompt_width
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.qwen import Qwen
-from qwen_eqx.text.tokenizer import bucket, check_ids, pad_left
+from qwen_eqx.text.ids import bucket, check_ids, pad_left, pad_right
 
 _POSITIONS = 16  # logits are made for this many positions at a time: a whole row of them would be gigabytes
 
@@ -35,7 +35,7 @@ def score(
         raise InputError(f"prompt: found {len(prompts)} prompts, expected one, or one for each of {len(completions)}")
     answers = [check_ids(row, model.config.vocab, name=f"completions[{n}]") for n, row in enumerate(completions)]
     longest = max(map(len, answers), default=0)
-    asked = prompt_rows(prompts, model.config, max(longest, 1), None)  # pyright: ignore[reportArgumentType]
+    asked = prompt_rows(prompts, model.config, max(longest, 1))  # pyright: ignore[reportArgumentType]
     shared = _shared_prefix([row + answer for row, answer in zip(asked, answers, strict=True)], asked)
     rests = [row[shared:] + answer for row, answer in zip(asked, answers, strict=True)]
     past = _read_prefix(model, asked[0][:shared]) if shared else None
@@ -43,9 +43,7 @@ def score(
     results = []
     for at in range(0, len(rests), batch_size):
         batch = rests[at : at + batch_size]
-        tokens = np.zeros((batch_size, seq), np.int32)  # right-padded: later positions cannot reach earlier ones
-        for row, rest in enumerate(batch):
-            tokens[row, : len(rest)] = rest
+        tokens = pad_right([*batch, *[[]] * (batch_size - len(batch))], seq, 0)
         log_probs = np.asarray(_score(model, past, jnp.asarray(tokens)))
         for row, rest in enumerate(batch):
             length = len(answers[at + row])

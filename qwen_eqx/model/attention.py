@@ -6,10 +6,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
+from qwen_eqx.model.cache import LayerCache
 from qwen_eqx.model.config import QwenConfig
-from qwen_eqx.model.layers import Linear, RMSNorm
+from qwen_eqx.model.layers import Linear, RMSNorm, rounded
+from qwen_eqx.model.rope import Rotation
+from qwen_eqx.model.sites import BlockTap, unchanged
 
-BLOCK = 256  # slots attended to at once where there are many: 512 and 1,024 are slower by a fifth and by half
+BLOCK = 256  # entries attended to at once where there are many: 512 and 1,024 are slower by a fifth and by half
 Folded = tuple[
     Float32[Array, "batch kv_heads rows"],
     Float32[Array, "batch kv_heads rows"],
@@ -25,7 +28,7 @@ def attend(
 ) -> Float[Array, "batch seq kv_heads group d_head"]:
     """softmax(q kᵀ / sqrt(d_head) + mask) v, scores and softmax in float32 (transformers `eager_attention_forward`).
 
-    A query that sees nothing, a pad's, gets something finite. Many queries over many slots go block by block.
+    A query that sees nothing, a pad's, gets something finite. Many queries over many entries go block by block.
     """
     batch, seq, kv_heads, group, d_head = q.shape
     rows = q.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, seq * group, d_head)  # one product per (row, kv head)
@@ -45,7 +48,7 @@ def blockwise(
     mask: Bool[Array, "batch 1 rows kv_seq"],
     block: int,
 ) -> Float32[Array, "batch kv_heads rows d_head"]:
-    """The same, `block` slots at a time, their scores small enough to stay in the processor's cache (arXiv 2112.05682).
+    """The same, `block` entries at a time, their scores small enough to stay in the processor's cache (arXiv 2112.05682).
 
     Carried are m = max(scores), Σ exp(scores − m) and Σ exp(scores − m) v so far; blocks that no query sees are skipped.
     """
@@ -95,7 +98,7 @@ def _weighted(
 
 
 class Attention(eqx.Module):
-    """Weights of grouped-query attention (arXiv 2305.13245; transformers `Qwen2Attention`, `Qwen3Attention`)."""
+    """y = W_o z, z = attend(W_q x, W_k x, W_v x) (arXiv 2305.13245; transformers `Qwen2Attention`, `Qwen3Attention`)."""
 
     q: Linear
     k: Linear
@@ -103,6 +106,9 @@ class Attention(eqx.Module):
     o: Linear
     q_norm: RMSNorm | None  # Qwen3: over d_head, before RoPE
     k_norm: RMSNorm | None
+    heads: int = eqx.field(static=True)
+    kv_heads: int = eqx.field(static=True)
+    d_head: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, config: QwenConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> "Attention":
@@ -116,4 +122,33 @@ class Attention(eqx.Module):
             Linear.init(wide, config.d_model, bias=False, dtype=dtype, key=o),
             norm,
             norm,
+            config.heads,
+            config.kv_heads,
+            config.d_head,
         )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        rotation: Rotation,
+        mask: Bool[Array, "batch seq kv_seq"],
+        past: LayerCache | None = None,
+        entry: Int[Array, ""] | int = 0,
+        tap: BlockTap = unchanged,
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
+        """y, and the keys and values attended to: `past` with this chunk at `entry` and after, or the chunk's own.
+
+        `tap` meets q, k and v before norm and RoPE, and z.
+        """
+        (batch, seq, _), dtype = x.shape, x.dtype
+        group = self.heads // self.kv_heads
+        q = tap("q", rounded(self.q(x), dtype)).reshape(batch, seq, self.kv_heads, group, self.d_head)
+        k = tap("k", rounded(self.k(x), dtype)).reshape(batch, seq, self.kv_heads, self.d_head)
+        v = tap("v", rounded(self.v(x), dtype)).reshape(batch, seq, self.kv_heads, self.d_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        chunk = LayerCache(rotation(k).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        cache = chunk if past is None else past.write(chunk, entry)
+        z = attend(rotation(q), cache.keys, cache.values, mask)
+        z = tap("z", rounded(z.reshape(batch, seq, self.heads * self.d_head), dtype))
+        return rounded(self.o(z), dtype), cache

@@ -10,25 +10,25 @@ from qwen_eqx.model.config import QwenConfig
 
 
 class LayerCache(eqx.Module):
-    """Keys (already rotated) and values of one layer; slot s holds the token written there last."""
+    """Keys (already rotated) and values of one layer; entry s holds the token written there last."""
 
     keys: Float[Array, "batch kv_heads kv_seq d_head"]
     values: Float[Array, "batch kv_heads kv_seq d_head"]
 
-    def write(self, new: "LayerCache", slot: Int[Array, ""]) -> "LayerCache":
-        """Puts `new`'s positions at `slot` and after, one slice update for all rows; they must fit without wrapping."""
+    def write(self, new: "LayerCache", entry: Int[Array, ""] | int) -> "LayerCache":
+        """Puts `new`'s positions at `entry` and after, one slice update for all rows; they must fit without wrapping."""
 
         def put(old: Array, part: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), slot, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), entry, axis=2)
 
         return jax.tree.map(put, self, new)
 
 
 class KVCache(eqx.Module):
-    """A ring of slots shared by all rows: a row's tokens are the last `length[row]` slots written before `index`."""
+    """A ring of entries shared by all rows: a row's tokens are the last `length[row]` written before `index`."""
 
     layers: tuple[LayerCache, ...]  # separate leaves, so that each is updated in place
-    index: Int[Array, ""]  # tokens ever written; the next one goes to slot index % kv_seq
+    index: Int[Array, ""]  # tokens ever written; the next one goes to entry index % kv_seq
     length: Int[Array, " batch"]  # tokens each row holds = the position of its next one; negative: pads still to come
 
     @classmethod
@@ -47,7 +47,7 @@ class KVCache(eqx.Module):
         return self.length[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
 
     def grown(self, into: "KVCache") -> "KVCache":
-        """This cache with slots and dtype of `into`, an empty one with more slots."""
+        """This cache with entries and dtype of `into`, an empty one with more entries."""
         layers = jax.tree.map(
             lambda part, room: jnp.pad(
                 part.astype(room.dtype), ((0, 0), (0, 0), (0, room.shape[2] - part.shape[2]), (0, 0))
@@ -61,14 +61,14 @@ class KVCache(eqx.Module):
 def visible(
     positions: Int[Array, "batch seq"], index: Int[Array, ""] | int, kv_seq: int
 ) -> Bool[Array, "batch seq {kv_seq}"]:
-    """Which slots a query may read: those at most `position` steps older than its own slot.
+    """Which entries a query may read: those at most `position` steps older than its own.
 
-    age[i, s] = (index + i − s) mod kv_seq; visible iff age ≤ position. The one formula covers causality (younger slots
-    have wrapped to a great age), left padding (older slots are none of the row's own) and the ring; a pad query sees none.
+    age[i, s] = (index + i − s) mod kv_seq; visible iff age ≤ position. The one formula covers causality (younger entries
+    have wrapped to a great age), left padding (older entries are none of the row's own) and the ring; a pad query sees none.
     """
     seq = positions.shape[1]
-    slots = index + jnp.arange(seq, dtype=jnp.int32)
-    age = (slots[:, None] - jnp.arange(kv_seq, dtype=jnp.int32)[None, :]) % kv_seq
+    own = index + jnp.arange(seq, dtype=jnp.int32)
+    age = (own[:, None] - jnp.arange(kv_seq, dtype=jnp.int32)[None, :]) % kv_seq
     return age[None, :, :] <= positions[:, :, None]
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from qwen_eqx.model.attention import Attention, attend
+from qwen_eqx.model.attention import Attention
 from qwen_eqx.model.cache import KVCache, LayerCache, visible
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
-from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul
+from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, rounded
 from qwen_eqx.model.rope import Rotation
 from qwen_eqx.model.sites import Recorder, Site, Tap, untouched
 
@@ -43,40 +43,20 @@ class Block(eqx.Module):
         rotation: Rotation,
         mask: Bool[Array, "batch seq kv_seq"],
         past: LayerCache | None,
-        slot: Int[Array, ""],
-        config: QwenConfig,
+        entry: Int[Array, ""],
         tap: Tap,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
-        """The new residual stream, and the keys and values attended to: `past` with this chunk at `slot`, or its own."""
-        batch, seq, _ = x.shape
+        """The new residual stream, and the keys and values attended to: `past` with this chunk at `entry`, or its own."""
         dtype = x.dtype
 
-        def site(kind: str, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-            return rounded(tap(Site(self.layer, kind), rounded(value, dtype)), dtype)
+        def at(kind: str, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+            return rounded(tap(Site(self.layer, kind), value), dtype)
 
-        x = site("resid_pre", x)
-        normed = self.attn_norm(x)
-        q = site("q", self.attn.q(normed)).reshape(batch, seq, config.kv_heads, config.group, config.d_head)
-        k = site("k", self.attn.k(normed)).reshape(batch, seq, config.kv_heads, config.d_head)
-        v = site("v", self.attn.v(normed)).reshape(batch, seq, config.kv_heads, config.d_head)
-        if self.attn.q_norm is not None and self.attn.k_norm is not None:
-            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
-        chunk = LayerCache(rotation(k).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        cache = chunk if past is None else past.write(chunk, slot)
-        z = attend(rotation(q), cache.keys, cache.values, mask)
-        z = site("z", z.reshape(batch, seq, config.heads * config.d_head))
-        x = site("resid_mid", x + site("attn_out", self.attn.o(z)))
-        hidden = site("mlp_post", self.mlp.hidden(self.mlp_norm(x)))
-        x = site("resid_post", x + site("mlp_out", self.mlp.down(hidden)))
+        x = at("resid_pre", rounded(x, dtype))
+        mixed, cache = self.attn(self.attn_norm(x), rotation, mask, past, entry, at)
+        x = at("resid_mid", rounded(x + at("attn_out", mixed), dtype))
+        x = at("resid_post", rounded(x + at("mlp_out", self.mlp(self.mlp_norm(x), at)), dtype))
         return x, cache
-
-
-def rounded(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """x in `dtype`, really rounded: XLA drops a cast down and up again, so a value would depend on who else reads it."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return x.astype(dtype)
-    facts = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(x.astype(jnp.float32), facts.nexp, facts.nmant).astype(dtype)
 
 
 class Qwen(eqx.Module):
@@ -127,7 +107,7 @@ class Qwen(eqx.Module):
         layers = []
         for block in self.blocks:
             layer = None if past is None else past.layers[block.layer]
-            x, layer = block(x, rotation, mask, layer, index % kv_seq, self.config, tap)
+            x, layer = block(x, rotation, mask, layer, index % kv_seq, tap)
             layers.append(layer)
         return x, KVCache(tuple(layers), index + seq, length + seq)
 

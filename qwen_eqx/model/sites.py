@@ -1,6 +1,7 @@
 """Named places in the model: what can be read or edited, in TransformerLens' spelling and in Hugging Face's."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -11,27 +12,30 @@ from jaxtyping import Array, Float
 from qwen_eqx.errors import InputError
 from qwen_eqx.model.config import QwenConfig
 
-# kind -> (TransformerLens suffix, Hugging Face module whose output it is, or None where no module puts it out)
+# kind -> (TransformerLens suffix, Hugging Face module whose output it is, or None where no module puts it out),
+# in the order in which a block computes them
 KINDS: dict[str, tuple[str, str | None]] = {
     "resid_pre": ("hook_resid_pre", None),
-    "resid_mid": ("hook_resid_mid", None),
-    "resid_post": ("hook_resid_post", ""),
-    "attn_out": ("hook_attn_out", "self_attn"),
-    "mlp_out": ("hook_mlp_out", "mlp"),
     "q": ("attn.hook_q", "self_attn.q_proj"),  # before q/k norm and RoPE, as in TransformerLens
     "k": ("attn.hook_k", "self_attn.k_proj"),
     "v": ("attn.hook_v", "self_attn.v_proj"),
     "z": ("attn.hook_z", None),  # what the output projection reads, heads side by side
+    "attn_out": ("hook_attn_out", "self_attn"),
+    "resid_mid": ("hook_resid_mid", None),
     "mlp_post": ("mlp.hook_post", None),  # silu(gate) · up
+    "mlp_out": ("hook_mlp_out", "mlp"),
+    "resid_post": ("hook_resid_post", ""),
 }
 D_MODEL_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 _TL_KINDS = {tl: kind for kind, (tl, _) in KINDS.items()}
+_ORDER = {kind: number for number, kind in enumerate(KINDS)}
 _HF_KINDS = {hf: kind for kind, (_, hf) in KINDS.items() if hf is not None}
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@functools.total_ordering
+@dataclasses.dataclass(frozen=True)
 class Site:
-    """One place: the activation of `kind` in block `layer`; prints as TransformerLens spells it."""
+    """One place: the activation of `kind` in block `layer`; prints as TransformerLens spells it, sorts by depth."""
 
     layer: int
     kind: str
@@ -53,6 +57,14 @@ class Site:
         if site is None or site.kind not in KINDS or not 0 <= site.layer < config.layers:
             raise InputError(f"site {str(name)!r} does not exist; this model has {describe_sites(config)}")
         return site
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """When the model computes it: a change at one site reaches another only if that one's depth is greater."""
+        return self.layer, _ORDER[self.kind]
+
+    def __lt__(self, other: "Site") -> bool:
+        return self.depth < other.depth
 
     def width(self, config: QwenConfig) -> int:
         """Values per position."""
@@ -107,6 +119,15 @@ Tap = Callable[[Site, Float[Array, "batch seq width"]], Float[Array, "batch seq 
 
 def untouched(site: Site, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
     """The tap that reads nothing and changes nothing."""
+    return value
+
+
+# The same for the parts of one block, which name the kind and leave layer and rounding to the block.
+BlockTap = Callable[[str, Float[Array, "batch seq width"]], Float[Array, "batch seq width"]]
+
+
+def unchanged(kind: str, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    """The block's tap that reads nothing and changes nothing."""
     return value
 
 

@@ -247,8 +247,8 @@ class ChatTemplate:
             except _TooMuch as error:
                 raise InputError(f"{self.field}: found {error}, expected a template within the caps") from None
             except Exception as error:  # whatever a template does wrong is the template's or the conversation's fault
-                found = str(error).replace("\n", " ") or type(error).__name__
-                raise InputError(f"{self.field}: found {found}, expected these messages to render") from None
+                said = str(error).replace("\n", " ") or type(error).__name__
+                raise InputError(f"{self.field}: found {said}, expected these messages to render") from None
 
 
 def _conversation(messages: Any) -> list[dict[str, Any]]:
@@ -257,10 +257,10 @@ def _conversation(messages: Any) -> list[dict[str, Any]]:
     chat = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
-            found = (
+            shown = (
                 f"keys {sorted(map(str, message))}" if isinstance(message, Mapping) else f"a {type(message).__name__}"
             )
-            raise InputError(f"messages[{index}]: found {found}, expected an object with role and content")
+            raise InputError(f"messages[{index}]: found {shown}, expected an object with role and content")
         # templates print a null content as the word None; a missing key they handle
         chat.append({key: value for key, value in _plain(message, f"messages[{index}]").items() if value is not None})
     if not chat:

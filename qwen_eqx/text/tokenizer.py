@@ -1,20 +1,18 @@
-"""Text to token ids and back as a model directory's own tokenizer files say; left padding and length buckets."""
+"""Text to token ids and back as a model directory's own tokenizer files say."""
 
 import hashlib
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-from jaxtyping import Int
 
 from qwen_eqx.errors import InputError
 from qwen_eqx.files import read_bytes, read_json, read_text
 from qwen_eqx.text.chat import MAX_TEMPLATE_CHARS, ChatTemplate
+from qwen_eqx.text.ids import check_ids
 
 VOCABULARY, SETTINGS, TEMPLATE, GENERATION = (
     "tokenizer.json",
@@ -109,10 +107,10 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int:
         """The id of one token of the vocabulary, e.g. `<|im_end|>`."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
             raise InputError(f"token {token!r}: found no such token in {self.where}, expected one of its vocabulary")
-        return found
+        return token_id
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token of an id as the vocabulary spells it; None for an id only the model has."""
@@ -163,39 +161,6 @@ class Tokenizer:
             )
 
 
-def check_ids(ids: Any, vocab_size: int, *, name: str = "ids") -> list[int]:
-    """A list or array of token ids as Python ints, refusing what is no id of the vocabulary."""
-    try:
-        checked = [operator.index(item) for item in (np.asarray(ids) if hasattr(ids, "__array__") else ids)]  # pyright: ignore
-    except TypeError as error:
-        raise InputError(f"{name}: found {error}, expected a flat list of whole numbers") from None
-    for at, value in enumerate(checked):
-        if not 0 <= value < vocab_size:
-            raise InputError(f"{name}[{at}]: found {value}, expected a token id in 0..{vocab_size - 1}")
-    return checked
-
-
-def bucket(length: int) -> int:
-    """The compiled length for a prompt: the next of 16, 24, 32, 48, … 256, 384, 512, 768, … (half the waste of 2^n)."""
-    power = 16
-    while power < length:
-        if length <= power + power // 2:
-            return power + power // 2
-        power *= 2
-    return power
-
-
-def pad_left(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Int[np.ndarray, "batch seq"]:
-    """Rows of token ids as one int32 array, filled with `pad_id` on the left up to `length`."""
-    padded = np.full((len(rows), length), pad_id, dtype=np.int32)
-    for index, row in enumerate(rows):
-        if len(row) > length:
-            raise InputError(f"rows[{index}]: found {len(row)} tokens, expected at most length={length}")
-        if len(row):
-            padded[index, length - len(row) :] = row
-    return padded
-
-
 def _backend(data: bytes, path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
@@ -215,7 +180,7 @@ def _content(token: Any) -> Any:
 
 
 def _special_tokens(settings: dict[str, Any], backend: tokenizers.Tokenizer, path: Path) -> dict[str, str]:
-    found = {}
+    special = {}
     for name in NAMED_TOKENS:
         token = _content(settings.get(name))
         if token is None:
@@ -224,8 +189,8 @@ def _special_tokens(settings: dict[str, Any], backend: tokenizers.Tokenizer, pat
             raise InputError(f"{path}: {name}: found {token!r}, expected text")
         if backend.token_to_id(token) is None:
             raise InputError(f"{path}: {name}: found {token!r}, expected a token of {VOCABULARY}")
-        found[name] = token
-    return found
+        special[name] = token
+    return special
 
 
 def _check_added(settings: dict[str, Any], backend: tokenizers.Tokenizer, path: Path) -> None:
@@ -244,8 +209,8 @@ def _check_added(settings: dict[str, Any], backend: tokenizers.Tokenizer, path: 
 def _eos_ids(
     path: Path, exists: bool, special: Mapping[str, str], backend: tokenizers.Tokenizer, vocab_size: int
 ) -> tuple[int, ...]:
-    found = read_json(path).get("eos_token_id") if exists else None
-    listed = found if isinstance(found, list) else [] if found is None else [found]
+    ends = read_json(path).get("eos_token_id") if exists else None
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for value in listed:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
             raise InputError(f"{path}: eos_token_id: found {value!r}, expected token ids in 0..{vocab_size - 1}")
@@ -257,14 +222,14 @@ def _eos_ids(
 def _chat_template(settings: dict[str, Any], directory: Path, in_file: bool) -> str | None:
     if in_file:  # the newer place, and the one transformers prefers
         return read_text(directory / TEMPLATE, limit=4 * MAX_TEMPLATE_CHARS)
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # several templates by name
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    if found is not None and not isinstance(found, str):
-        kind = type(found).__name__
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several of them by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        kind = type(template).__name__
         raise InputError(f"{directory / SETTINGS}: chat_template: found a {kind}, expected text")
-    return found
+    return template
 
 
 def _surrogate(text: str) -> str:

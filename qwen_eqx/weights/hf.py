@@ -15,7 +15,7 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from qwen_eqx.errors import InputError
-from qwen_eqx.files import commit, fsync_directory, is_lfs_pointer, temporary_name
+from qwen_eqx.files import fsync_directory, give_name, is_lfs_pointer, temporary_name
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.text.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def save_pretrained(
                 written[path].chmod(mode)  # safetensors makes files that only their owner can read
         (directory / CONFIG).unlink(missing_ok=True)
         for path, temporary in written.items():
-            commit(temporary, path)
+            give_name(temporary, path)
             fsync_directory(directory)
         _remove_stale_weights(directory, {path.name for path in written})
     except BaseException:
@@ -238,9 +238,9 @@ def _check_saveable(model: Qwen, tokenizer: Tokenizer | None) -> None:
     expected = skeleton(model.config, model.dtype)
     problems = []
     for path in name_table(expected).values():
-        found, wanted = _at(model, path), _at(expected, path)
-        if found is None or found.shape != wanted.shape or found.dtype.name not in DTYPES:
-            shown = None if found is None else f"{found.dtype.name}{found.shape}"
+        array, wanted = _at(model, path), _at(expected, path)
+        if array is None or array.shape != wanted.shape or array.dtype.name not in DTYPES:
+            shown = None if array is None else f"{array.dtype.name}{array.shape}"
             problems.append(f"model.{path}: found {shown}, expected {wanted.dtype.name}{wanted.shape}")
     if tokenizer is not None and tokenizer.largest_id >= model.config.vocab:
         problems.append(f"tokenizer: found id {tokenizer.largest_id}, expected ids below vocab={model.config.vocab}")

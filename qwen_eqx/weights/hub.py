@@ -49,8 +49,8 @@ def weight_files(directory: Path) -> dict[str, set[str] | None]:
         return {WEIGHTS: None}
     if not (directory / INDEX).exists():
         others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in directory.glob(pattern))
-        found = others[0] if others else "neither"
-        raise InputError(f"{directory}: found {found}, expected {WEIGHTS} or {INDEX}: only safetensors are read")
+        instead = others[0] if others else "neither"
+        raise InputError(f"{directory}: found {instead}, expected {WEIGHTS} or {INDEX}: only safetensors are read")
     where = f"{directory / INDEX}: weight_map"
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
