@@ -33,6 +33,12 @@ from qwen_eqx.model.edits import AbstractEdit as AbstractEdit
 from qwen_eqx.model.edits import Patch as Patch
 from qwen_eqx.model.edits import Replace as Replace
 from qwen_eqx.model.edits import Steer as Steer
+from qwen_eqx.model.effect import Effect as Effect
+from qwen_eqx.model.effect import Given as Given
+from qwen_eqx.model.effect import captured as captured
+from qwen_eqx.model.effect import captured_padded as captured_padded
+from qwen_eqx.model.effect import effect as effect
+from qwen_eqx.model.effect import effects as effects
 from qwen_eqx.model.qwen import Qwen as Qwen
 from qwen_eqx.model.sites import Capture as Capture
 from qwen_eqx.model.sites import Site as Site

@@ -15,7 +15,7 @@ ORDER = {
     "qwen_eqx": {
         "": ["errors", "files"],
         "text": ["chat", "ids", "tokenizer"],
-        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "qwen"],
+        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "qwen", "effect"],
         "generation": [
             "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
         ],
