@@ -121,7 +121,7 @@ def read_documents(
     held_out = [one.get("held_out_tasks") for one in metadata]
     agree = all(one == held_out[0] for one in held_out)
     chosen = pages.unseen_tasks(metadata[0] if agree else {}, config.tasks)[: config.limit]
-    options = {"max_tokens": config.max_tokens, "encoder": config.encoder, "form": config.prompt}
+    options = {"max_tokens": config.max_tokens, "encoder": config.encoder, "format": config.prompt}
     found = pages.documents(chosen, tokenizer, **options)
     if left := len(chosen) - len({document.task for document in found}):
         cli.console.print(f"{left} of {len(chosen)} tasks left out: longer than --max-tokens {config.max_tokens}")

@@ -109,7 +109,7 @@ def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.T
                 task,
                 test,
                 encoder=config.encoder,
-                form=config.prompt,
+                format=config.prompt,
                 template=template,
                 count=lambda text: len(tokenizer.encode(text)),
                 budget=budget,

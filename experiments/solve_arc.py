@@ -131,7 +131,7 @@ class Run:
         budget = model.config.max_seq - config.max_new_tokens
         self.asking = arc.Asking(
             encoder=self.encoder,
-            form=config.prompt,
+            format=config.prompt,
             template=tokenizer.render_chat if tokenizer.chat_template is not None else None,
             count=lambda text: len(tokenizer.encode(text)),
             budget=min(budget, config.max_prompt_tokens or budget),

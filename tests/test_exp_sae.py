@@ -237,9 +237,9 @@ def test_every_cell_is_found_in_every_encoding(grid, name: str):
 def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they_are_said_to(form: str):
     _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
     tasks = list(arc.load_tasks("arc-agi-1/training"))[:3]
-    for document in pages.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", form=form):
+    for document in pages.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", format=form):
         task = next(task for task in tasks if task.id == document.task)
-        answer = arc.prompt.answer(task.test[document.test].output, form=form)  # pyright: ignore[reportArgumentType]
+        answer = arc.prompt.answer(task.test[document.test].output, format=form)  # pyright: ignore[reportArgumentType]
         assert document.text.endswith(answer)
         assert tokenizer.encode(document.text) == document.tokens
         for grid in document.grids:

@@ -82,11 +82,11 @@ def documents(
     *,
     max_tokens: int,
     encoder: str = arc.DEFAULT_ENCODER,
-    form: str = arc.DEFAULT_PROMPT,
+    format: str = arc.DEFAULT_PROMPT,
 ) -> list[Document]:
     """Every test input that fits, with training pairs left out if need be."""
     found = (
-        _document(task, test, tokenizer, max_tokens, arc.encode.as_encoder(encoder), form)
+        _document(task, test, tokenizer, max_tokens, arc.encode.as_encoder(encoder), format)
         for task in tasks
         for test in range(len(task.test))
     )
@@ -97,18 +97,18 @@ def documents(
 
 
 def _document(
-    task: arc.Task, test: int, tokenizer: qwen_eqx.Tokenizer, max_tokens: int, encoder: Encoder, form: str
+    task: arc.Task, test: int, tokenizer: qwen_eqx.Tokenizer, max_tokens: int, encoder: Encoder, format: str
 ) -> Document | None:
     template = tokenizer.render_chat if tokenizer.chat_template is not None else None
     truth = task.test[test].output
     answer = "" if truth is None else encoder.encode(truth)[len(encoder.opening) :]
-    arc.prompt.as_format(form)  # a wrong name raises here, not as a prompt too long
+    arc.prompt.as_format(format)  # a wrong name raises here, not as a prompt too long
     try:
         prompt = arc.prompt.build(
             task,
             test,
             encoder=Marked(encoder),
-            form=form,
+            format=format,
             template=template,
             count=lambda text: len(tokenizer.encode(_unmarked(text)[0] + answer)),
             budget=max_tokens,

@@ -142,11 +142,11 @@ def read_items(
     model: qwen_eqx.QwenConfig,
     tokenizer: qwen_eqx.Tokenizer,
     encoder: str = arc.DEFAULT_ENCODER,
-    form: str = arc.DEFAULT_PROMPT,
+    format: str = arc.DEFAULT_PROMPT,
 ) -> list[extract.Item]:
     """Every test input whose prompt fits, with training pairs left out if need be."""
     template = tokenizer.render_chat if tokenizer.chat_template is not None else None
-    arc.prompt.prefill(encoder, form)  # a wrong name raises here, not as a prompt too long
+    arc.prompt.prefill(encoder, format)  # a wrong name raises here, not as a prompt too long
     items = []
     for task in tasks:
         for test in range(len(task.test)):
@@ -155,7 +155,7 @@ def read_items(
                     task,
                     test,
                     encoder=encoder,
-                    form=form,
+                    format=format,
                     template=template,
                     count=lambda text: len(tokenizer.encode(text)),
                     budget=min(max_tokens, model.max_seq),
