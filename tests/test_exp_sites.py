@@ -18,7 +18,8 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import cli, places, runs, splicing
+from qwen_lab import loading, places, runs, splicing, stopping
+from qwen_lab.errors import InputError
 from qwen_lab.places import Place
 from running import run, short_tasks, small
 from sae.evaluation import metrics
@@ -72,7 +73,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(what: str, reques
         (whole, _), fields = whole, SWEEP
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(cli.Stopped):
+        with pytest.raises(stopping.Stopped):
             run(train_sae, small(tmp_path, **fields))
     assert "going on from step 2 of 8" in run(train_sae, small(tmp_path, **fields))
     saved = sorted(path.relative_to(whole) for path in whole.glob("**/*.safetensors"))
@@ -96,7 +97,7 @@ def test_live_equals_replay(tmp_path: Path):
     for path in weights:
         other = tmp_path / "replay" / path.relative_to(tmp_path / "live")
         assert path.read_bytes() == other.read_bytes()
-    with pytest.raises(sae.InputError, match="expected one that the store holds: "):
+    with pytest.raises(InputError, match="expected one that the store holds: "):
         run(train_sae, small(tmp_path / "no", source="store", store=store, layer=3, **shared))
 
 
@@ -151,7 +152,7 @@ def test_steering_adds_where_a_transcoder_writes_and_refuses_to_clamp(transcoder
     run(steer, steer.Config(**shared, out=tmp_path))
     found = json.loads((tmp_path / "steer.json").read_text())
     assert (found["site"], found["changed"]) == (TRANSCODER["target_site"], 1.0)
-    with pytest.raises(sae.InputError, match="--mode: found clamp for a transcoder"):
+    with pytest.raises(InputError, match="--mode: found clamp for a transcoder"):
         run(steer, steer.Config(**shared, mode="clamp", out=tmp_path))
 
 
@@ -171,13 +172,13 @@ def test_the_order_of_sites_is_the_models():
 def test_foreign_saes_are_placed_by_flags():
     config = qwen_eqx.from_pretrained("tiny-arc")[0].config
     module = sae.TopK.init(d_model=64, d_out=144, d_sae=32, k=2, key=jax.random.key(0))
-    flags = splicing.OnModel(site="blocks.1.hook_resid_mid", target_site="blocks.1.mlp.hook_post")
+    flags = loading.OnModel(site="blocks.1.hook_resid_mid", target_site="blocks.1.mlp.hook_post")
     assert flags.place(config, module, {}).writes == "blocks.1.mlp.hook_post"
     said = {"hook_name": "blocks.0.hook_resid_mid", "hook_name_out": "blocks.2.mlp.hook_post"}
-    assert splicing.OnModel(layer=1).place(config, module, said) == Place(
+    assert loading.OnModel(layer=1).place(config, module, said) == Place(
         "blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"
     )
-    with pytest.raises(sae.InputError, match=r"found an SAE from 64 to 144, expected 64 to 64"):
-        splicing.OnModel(layer=1).place(config, module, {})
-    with pytest.raises(sae.InputError, match="the SAE names none"):
-        splicing.OnModel().place(config, module, {})
+    with pytest.raises(InputError, match=r"found an SAE from 64 to 144, expected 64 to 64"):
+        loading.OnModel(layer=1).place(config, module, {})
+    with pytest.raises(InputError, match="the SAE names none"):
+        loading.OnModel().place(config, module, {})

@@ -1,12 +1,14 @@
-"""Where in a model a dictionary works: the site it reads and the one it writes, from flags or from what an SAE says."""
+"""Where in a model a dictionary works: blocks and sites by flag, the site it reads and the one it writes."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import extract
 import qwen_eqx
 import sae
+from qwen_lab.errors import InputError
 
 # of one block, in the order in which they are computed
 SUFFIXES = (
@@ -25,7 +27,7 @@ class Place:
     def __post_init__(self) -> None:
         before, after = _depth(self.reads), _depth(self.writes)
         if before and after and after < before:
-            raise sae.InputError(
+            raise InputError(
                 f"--target-site: found {self.writes}, which the model computes before {self.reads}, expected a later site"
             )
 
@@ -42,22 +44,54 @@ class Place:
         return {"hook_name": self.reads} | ({"hook_name_out": self.writes} if self.transcodes else {})
 
 
+@dataclasses.dataclass(frozen=True)
+class Dictionary:
+    """A dictionary where it works; `metadata` is what a saved one says of its training."""
+
+    name: str
+    module: sae.AbstractSAE
+    place: Place
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse_layers(text: str, layers: int) -> list[int]:
+    """`late`, `all`, `10:24` or `3,5,7`, as block numbers of a model with `layers` blocks."""
+    if text in ("late", "all"):
+        return list(range(min(math.ceil(0.4 * layers), layers - 1) if text == "late" else 0, layers))
+    try:
+        if ":" in text:
+            low, high = (
+                int(part) if part else default for part, default in zip(text.split(":"), (0, layers), strict=True)
+            )
+            chosen = list(range(low, high))
+        else:
+            chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        chosen = []
+    if not chosen or not all(0 <= layer < layers for layer in chosen):
+        raise InputError(
+            f"--layers: found {text!r}, expected late, all, a range such as 1:{layers} or a list such as 0,{layers - 1}; "
+            f"the model has blocks 0 to {layers - 1}"
+        )
+    return chosen
+
+
 def from_flags(
     known: Callable[[str], str], default: str | None, layer: int | None, site: str | None, target: str | None
 ) -> Place:
     """The place that --layer or --site (a site, or IN:OUT) and --target-site name; `known` spells a site or refuses it."""
     if layer is not None and site is not None:
-        raise sae.InputError(f"--layer, --site: found both ({layer}, {site}), expected one of them")
+        raise InputError(f"--layer, --site: found both ({layer}, {site}), expected one of them")
     name = site or (default if layer is None else f"blocks.{layer}.hook_resid_post")
     if name is None:
-        raise sae.InputError("--site: found none and the SAE names none, expected --layer or --site")
+        raise InputError("--site: found none and the SAE names none, expected --layer or --site")
     reads, _, writes = name.partition(":")
     if writes and target is not None:
-        raise sae.InputError(f"--site, --target-site: found two targets ({writes}, {target}), expected one")
+        raise InputError(f"--site, --target-site: found two targets ({writes}, {target}), expected one")
     writes = writes or target
     place = Place(known(reads), known(writes or reads))
     if writes and not place.transcodes:
-        raise sae.InputError(
+        raise InputError(
             f"--target-site: found {writes}, the site that is read, expected another; an autoencoder needs none"
         )
     return place
@@ -73,7 +107,7 @@ def in_store(store: sae.ActivationStore) -> Callable[[str], str]:
 
     def known(name: str) -> str:
         if name not in store.sites:
-            raise sae.InputError(f"--site: found {name!r}, expected one that the store holds: {', '.join(store.sites)}")
+            raise InputError(f"--site: found {name!r}, expected one that the store holds: {', '.join(store.sites)}")
         return name
 
     return known
@@ -81,7 +115,7 @@ def in_store(store: sae.ActivationStore) -> Callable[[str], str]:
 
 def first_late(config: qwen_eqx.QwenConfig) -> str:
     """The residual stream after the first of the late blocks."""
-    return str(qwen_eqx.Site(extract.parse_layers("late", config.layers)[0], "resid_post"))
+    return str(qwen_eqx.Site(parse_layers("late", config.layers)[0], "resid_post"))
 
 
 def _depth(site: str) -> tuple[int, int] | None:

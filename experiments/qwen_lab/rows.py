@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 import qwen_eqx
 import sae
-from qwen_lab import cli
+from qwen_lab import files, provenance
 
 
 def of_sequence(
@@ -44,31 +44,33 @@ def nothing(manifest: sae.Manifest) -> sae.Rows:
     return sae.Rows(np.empty(shape, jnp.dtype(manifest.dtype)), empty, empty, empty, np.empty(0, bool))
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a store says of the run that filled it; `config` is the resolved one."""
+
+    model_id: str
+    revision: str | None
+    dtype: str
+    seed: int
+    config: dict[str, Any]
+
+
 def manifest(
-    model: qwen_eqx.Qwen,
-    tokenizer: qwen_eqx.Tokenizer,
-    capture: qwen_eqx.Capture,
-    plan: sae.Plan,
-    *,
-    model_id: str,
-    revision: str | None,
-    dtype: str,
-    seed: int,
-    config: dict[str, Any],
+    model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, capture: qwen_eqx.Capture, plan: sae.Plan, origin: Origin
 ) -> sae.Manifest:
-    """What a store says of itself before its first shard; `config` is the resolved one of the run."""
+    """What a store says of itself before its first shard."""
     return sae.Manifest(
-        model_id=model_id,
-        revision=revision,
-        config_digest=cli.digest(dataclasses.asdict(model.config)),
+        model_id=origin.model_id,
+        revision=origin.revision,
+        config_digest=files.digest(dataclasses.asdict(model.config)),
         tokenizer_digest=f"sha256:{tokenizer.digest}",
         sites=tuple(str(site) for site in capture.resolve(model.config)),
-        dtype=dtype,
+        dtype=origin.dtype,
         d_model=model.config.d_model,
-        seed=seed,
+        seed=origin.seed,
         plan=plan,
-        config=config,
-        versions=cli.versions(),
+        config=origin.config,
+        versions=provenance.versions(),
     )
 
 

@@ -1,8 +1,6 @@
 """A model with an SAE in it: read its site, replace the activation there, count what the model loses."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -10,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-import arc
 import qwen_eqx
 import sae
 from qwen_eqx.text.tokenizer import bucket
-from qwen_lab import places
 from qwen_lab.places import Place
 
 
@@ -30,49 +26,15 @@ class Clamped(eqx.Module):
         return self.module.decode(z.at[..., self.latent].set(self.value))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnModel:
-    """The flags of what puts SAEs into a model; unless said, an SAE's metadata name the model, the place and the tasks."""
+def encoded(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[np.ndarray, "seq d_sae"]:
+    """The latents of one document, on the host; one compilation for all documents of a bucket."""
+    room = bucket(len(x))
+    return np.asarray(_encode(module, jnp.pad(x, ((0, room - len(x)), (0, 0)))))[: len(x)]
 
-    model: str | None = None
-    """Embedded name, directory or hub id; without it the model that the SAE names."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model."""
-    layer: int | None = None
-    """Residual stream after this block; without it the site that the SAE names."""
-    site: str | None = None
-    """Any other place, as TransformerLens or Hugging Face spell it."""
-    target_site: str | None = None
-    """Site that a transcoder writes; without it the one that it names."""
-    tasks: str | None = None
-    """Data set; without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
-    encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text."""
-    prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format."""
 
-    def load_model(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer, str]:
-        """The model asked for, or the one that all of these SAEs name; and its name."""
-        names = {str(one.get("model_name", "tiny-arc")) for one in metadata}
-        if self.model is None and len(names) != 1:
-            raise sae.InputError(f"--sae: found SAEs of {', '.join(sorted(names))}, expected one model's, or --model")
-        name = self.model or names.pop()
-        model, tokenizer = qwen_eqx.from_pretrained(name, revision=self.revision, dtype=jnp.dtype(self.dtype))
-        return model, tokenizer, name
-
-    def place(self, config: qwen_eqx.QwenConfig, module: sae.AbstractSAE, metadata: Mapping[str, Any]) -> Place:
-        """The place asked for, or the one the SAE's metadata name; its widths must be the SAE's."""
-        reads, writes = metadata.get("hook_name"), metadata.get("hook_name_out")
-        target = self.target_site or (str(writes) if writes and writes != reads else None)
-        default = None if reads is None else str(reads)
-        place = places.from_flags(places.in_model(config), default, self.layer, self.site, target)
-        widths = tuple(qwen_eqx.Site.parse(site, config).width(config) for site in (place.reads, place.writes))
-        if (module.d_model, module.d_out) != widths:
-            found = f"an SAE from {module.d_model} to {module.d_out}"
-            raise sae.InputError(f"--sae: found {found}, expected {widths[0]} to {widths[1]}, the widths at {place}")
-        return place
+@eqx.filter_jit
+def _encode(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_sae"]:
+    return module.encode(x)
 
 
 class Given(eqx.Module):
@@ -86,14 +48,8 @@ class Given(eqx.Module):
 
 def captured(model: qwen_eqx.Qwen, tokens: Sequence[int], sites: Sequence[str]) -> dict[str, Float[Array, "seq width"]]:
     """What stands at each site when the model reads these tokens, in one pass."""
-    found = _captured(model, _padded(tokens), tuple(dict.fromkeys(sites)))
-    return {site: values[: len(tokens)] for site, values in found.items()}
-
-
-def encoded(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[np.ndarray, "seq d_sae"]:
-    """The latents of one document, on the host; one compilation for all documents of a bucket."""
-    room = bucket(len(x))
-    return np.asarray(_encode(module, jnp.pad(x, ((0, room - len(x)), (0, 0)))))[: len(x)]
+    acts = _captured(model, _padded(tokens), tuple(dict.fromkeys(sites)))
+    return {site: values[: len(tokens)] for site, values in acts.items()}
 
 
 def recovered(
@@ -134,11 +90,6 @@ def _padded(tokens: Sequence[int]) -> Int[Array, " seq"]:
 @eqx.filter_jit
 def _captured(model: qwen_eqx.Qwen, tokens: Int[Array, " seq"], sites: tuple[str, ...]) -> dict[str, Array]:
     return model.run_with_capture(tokens, sites)[1]
-
-
-@eqx.filter_jit
-def _encode(module: sae.AbstractSAE, x: Float[Array, "seq d_model"]) -> Float[Array, "seq d_sae"]:
-    return module.encode(x)
 
 
 @eqx.filter_jit
