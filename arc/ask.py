@@ -52,12 +52,19 @@ class Asking:
     """How tasks are put: encoder, prompt format, chat template, and a length budget in the units of `count`."""
 
     encoder: str | Encoder = DEFAULT_ENCODER
-    form: str | PromptFormat = DEFAULT_PROMPT
+    format: str | PromptFormat = DEFAULT_PROMPT
     template: Callable[..., str] | None = None
     begin: bool = True
     """Write the opening of the answer into the prompt."""
     count: Callable[[str], int] | None = None
     budget: int | None = None
+
+    def prompt(self, task: Task, test: int) -> Prompt:
+        """One test input put this way."""
+        return build(
+            task, test, encoder=self.encoder, format=self.format, template=self.template,
+            begin=self.begin, count=self.count, budget=self.budget,
+        )  # fmt: skip
 
 
 def requests(
@@ -69,11 +76,7 @@ def requests(
     for augmentation in augmentations:
         augmented = augmentation.apply(task)
         for test in range(len(task.test)):
-            prompt = build(
-                augmented, test, encoder=encoder, form=how.form, template=how.template,
-                begin=how.begin, count=how.count, budget=how.budget,
-            )  # fmt: skip
-            yield Request(task.id, test, augmentation, prompt, encoder)
+            yield Request(task.id, test, augmentation, how.prompt(augmented, test), encoder)
 
 
 def read(request: Request, completion: str | Completion) -> Sample:

@@ -25,13 +25,13 @@ def noise(rng: np.random.Generator, rows: int, cols: int, density: float = 0.5, 
 def objects(cells: Cells, near: tuple[tuple[int, int], ...] = AROUND) -> list[np.ndarray]:
     """One mask per group of neighbouring cells that are not black, whatever their colours, in reading order."""
     left = cells != 0
-    found = []
+    masks = []
     while left.any():
         start = tuple(np.argwhere(left)[0])
         mask = flood(left, [start], near)
         left &= ~mask
-        found.append(mask)
-    return found
+        masks.append(mask)
+    return masks
 
 
 def flood(open_: np.ndarray, starts: list, near: tuple[tuple[int, int], ...] = NEAR) -> np.ndarray:

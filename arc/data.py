@@ -65,9 +65,9 @@ def iter_tasks(
         raise InputError(f"on_bad: found {on_bad!r}, expected 'error' or 'skip'")
     lines = [] if skipped is None else skipped
     seen: dict[str, str] = {}
-    for where, found in _entries(str(source), solutions):
+    for where, entry in _entries(str(source), solutions):
         try:
-            for task in _tasks_of(where, found):
+            for task in _tasks_of(where, entry):
                 if task.id in seen:
                     raise InputError(f"{where}, task {task.id}: found the id of {seen[task.id]}, expected unique ids")
                 seen[task.id] = where
@@ -133,10 +133,10 @@ def _json_file(path: Path, solutions: str | Path | None) -> Iterator[tuple[str, 
             yield str(path), InputError(f"{solutions}, task {task_id}: found {found}, expected a list of outputs")
 
 
-def _tasks_of(where: str, found: _Entry | InputError) -> Iterator[Task]:
-    if isinstance(found, InputError):
-        raise found
-    task_id, value, answers = found
+def _tasks_of(where: str, entry: _Entry | InputError) -> Iterator[Task]:
+    if isinstance(entry, InputError):
+        raise entry
+    task_id, value, answers = entry
     if isinstance(value, list):
         yield from _rearc(where, str(task_id), value)
     elif not isinstance(value, dict):

@@ -242,9 +242,9 @@ class Shape(Encoder):
     def rows(self, text: str) -> list[list[int]]:
         head, body = _fenced(text)
         rows = self.inner.rows(body)
-        found = f"{self.opening} shape: {len(rows)}x{len(rows[0])}"
-        if head != found:
-            raise InputError(f"text, line 1: found {head[:40]!r}, expected {found!r} for the rows that follow")
+        expected = f"{self.opening} shape: {len(rows)}x{len(rows[0])}"
+        if head != expected:
+            raise InputError(f"text, line 1: found {head[:40]!r}, expected {expected!r} for the rows that follow")
         return rows
 
     def __str__(self) -> str:

@@ -138,8 +138,8 @@ def _draw_sizes(rng: np.random.Generator, rows: int, cols: int, variant: object)
 
 
 def _by_size(cells: Cells, which: str) -> np.ndarray:
-    found = sorted(objects(cells), key=lambda mask: int(mask.sum()))
-    return (found[-1] if which == "largest" else found[0]) if found else cells != 0
+    rising = sorted(objects(cells), key=lambda mask: int(mask.sum()))
+    return (rising[-1] if which == "largest" else rising[0]) if rising else cells != 0
 
 
 def _draw_noisy(rng: np.random.Generator, rows: int, cols: int, variant: None) -> Cells:

@@ -142,8 +142,8 @@ def _draw_panels(rng: np.random.Generator, rows: int, cols: int, variant: int) -
 def _panels(operation):
     def solve(cells: Cells, variant: int) -> Cells:
         width = cells.shape[1] // 2
-        found = operation(cells[:, :width] != 0, cells[:, -width:] != 0) if width else cells != 0
-        return np.where(found, variant, 0).astype(np.uint8)
+        mask = operation(cells[:, :width] != 0, cells[:, -width:] != 0) if width else cells != 0
+        return np.where(mask, variant, 0).astype(np.uint8)
 
     return solve
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from arc.errors import InputError
 
@@ -42,19 +44,29 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
+    value = dict(items)
+    if len(value) < len(items):
         keys = [key for key, _ in items]
         raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return found
+    return value
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[TextIO]:
+    """A file to write beside `path`: at the end it takes the name in one step; after a failure nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the file, then take its name in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
+    """Writes a text that fits in memory."""
+    with whole(path) as handle:
         handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

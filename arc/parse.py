@@ -39,14 +39,14 @@ def parse(text: str, encoder: str | Encoder = DEFAULT_ENCODER, begun: str = "") 
     said = _END.split(text, maxsplit=1)[0]
     if not said.strip():
         return Parsed(reason="nothing", detail="the completion is empty")
-    found = islice(candidates(begun + said, as_encoder(encoder)), MAX_CANDIDATES)
+    blocks = islice(candidates(begun + said, as_encoder(encoder)), MAX_CANDIDATES)
     failure = None
-    for number, parsed in enumerate(found, 1):
+    for number, parsed in enumerate(blocks, 1):
         if parsed.grid is None:
             failure = failure or parsed
             continue
         notes = (f"taken from block {number}",) if number > 1 else ()
-        notes += ("a further block follows",) if next(found, None) is not None else ()
+        notes += ("a further block follows",) if next(blocks, None) is not None else ()
         return parsed.noted(*notes)
     return failure or Parsed(reason="no grid", detail="no line looks like a row of a grid")
 

@@ -84,34 +84,34 @@ PROMPTS: dict[str, PromptFormat] = {
 }
 
 
-def as_format(form: str | PromptFormat) -> PromptFormat:
+def as_format(format: str | PromptFormat) -> PromptFormat:
     """A name becomes its format; a format passes through."""
-    if isinstance(form, PromptFormat):
-        return form
-    if form not in PROMPTS:
-        raise InputError(f"prompt format: found {form!r}, expected one of {', '.join(PROMPTS)}")
-    return PROMPTS[form]
+    if isinstance(format, PromptFormat):
+        return format
+    if format not in PROMPTS:
+        raise InputError(f"prompt format: found {format!r}, expected one of {', '.join(PROMPTS)}")
+    return PROMPTS[format]
 
 
 def chat_messages(
-    task: Task, test: int = 0, encoder: str | Encoder = DEFAULT_ENCODER, form: str | PromptFormat = DEFAULT_PROMPT
+    task: Task, test: int = 0, encoder: str | Encoder = DEFAULT_ENCODER, format: str | PromptFormat = DEFAULT_PROMPT
 ) -> list[dict[str, str]]:
     """The messages up to the assistant's turn, for any chat template; test inputs are asked one at a time."""
-    form = as_format(form)
+    format = as_format(format)
     if not 0 <= test < len(task.test):
         raise InputError(f"task {task.id}: test={test}, expected 0 to {len(task.test) - 1}")
-    system = [] if form.system is None else [{"role": "system", "content": form.system}]
-    return [*system, {"role": "user", "content": form.user(task, test, as_encoder(encoder))}]
+    system = [] if format.system is None else [{"role": "system", "content": format.system}]
+    return [*system, {"role": "user", "content": format.user(task, test, as_encoder(encoder))}]
 
 
-def prefill(encoder: str | Encoder = DEFAULT_ENCODER, form: str | PromptFormat = DEFAULT_PROMPT) -> str:
+def prefill(encoder: str | Encoder = DEFAULT_ENCODER, format: str | PromptFormat = DEFAULT_PROMPT) -> str:
     """What is already written of the assistant's turn: the heading, and the opening fence where the encoder has one."""
-    return as_format(form).answer + as_encoder(encoder).opening
+    return as_format(format).answer + as_encoder(encoder).opening
 
 
-def answer(grid: Grid, encoder: str | Encoder = DEFAULT_ENCODER, form: str | PromptFormat = DEFAULT_PROMPT) -> str:
+def answer(grid: Grid, encoder: str | Encoder = DEFAULT_ENCODER, format: str | PromptFormat = DEFAULT_PROMPT) -> str:
     """The whole of a right assistant's turn; it starts with `prefill`."""
-    return as_format(form).answer + as_encoder(encoder).encode(grid)
+    return as_format(format).answer + as_encoder(encoder).encode(grid)
 
 
 def prompt_text(messages: list[dict[str, str]], begun: str = "", template: Callable[..., str] | None = None) -> str:
@@ -134,12 +134,16 @@ class Prompt:
     """In the units of the budget, where one was given."""
 
 
+class TooLong(InputError):
+    """A prompt that does not fit its budget even with one training pair."""
+
+
 def build(
     task: Task,
     test: int = 0,
     *,
     encoder: str | Encoder = DEFAULT_ENCODER,
-    form: str | PromptFormat = DEFAULT_PROMPT,
+    format: str | PromptFormat = DEFAULT_PROMPT,
     template: Callable[..., str] | None = None,
     begin: bool = True,
     count: Callable[[str], int] | None = None,
@@ -148,21 +152,21 @@ def build(
     """The prompt, with fewer training pairs where `count(text)` exceeds `budget`.
 
     The longest pair goes first, so as many as possible stay; no grid is ever cut, the test input always stays, and a
-    task that does not fit even with one pair is an InputError.
+    task that does not fit even with one pair raises TooLong.
     """
     if (count is None) != (budget is None):
         raise InputError("budget: found only one of count and budget, expected both or none")
-    encoder, form = as_encoder(encoder), as_format(form)
-    begun = prefill(encoder, form) if begin else ""
+    encoder, format = as_encoder(encoder), as_format(format)
+    begun = prefill(encoder, format) if begin else ""
     lengths = [len(encoder.encode(pair.input)) + len(encoder.encode(pair.output)) for pair in task.train]  # type: ignore
     kept = list(range(len(task.train)))
     while True:
         part = replace(task, train=tuple(task.train[index] for index in kept))
-        text = prompt_text(chat_messages(part, test, encoder, form), begun, template)
+        text = prompt_text(chat_messages(part, test, encoder, format), begun, template)
         length = None if count is None else count(text)
         if length is None or budget is None or length <= budget:
             dropped = tuple(index for index in range(len(task.train)) if index not in kept)
             return Prompt(text, begun, dropped, length)
         if len(kept) == 1:
-            raise InputError(f"task {task.id}, test {test}: found length {length} with one pair, expected {budget}")
+            raise TooLong(f"task {task.id}, test {test}: found length {length} with one pair, expected {budget}")
         kept.remove(max(kept, key=lambda index: (lengths[index], index)))

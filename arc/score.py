@@ -19,8 +19,8 @@ def score(submission: str | Path | Mapping[str, Any], tasks: Sequence[Task]) -> 
 
     A path, Kaggle's object, or what `arc.submission.write` returned; every task must have an entry.
     """
-    found = per_task(submission, tasks)
-    return sum(found.values()) / len(found)
+    solved = per_task(submission, tasks)
+    return sum(solved.values()) / len(solved)
 
 
 def per_task(submission: str | Path | Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 from arc.ask import Asking, Sample
 from arc.augment import IDENTITY, Augmentation
-from arc.encode import as_encoder
 from arc.errors import InputError
 from arc.grid import Grid
-from arc.prompt import answer, build
+from arc.prompt import answer
 from arc.task import Task
 
 Score = Callable[[str, list[str]], Sequence[float]]
@@ -107,18 +106,14 @@ def rescore(
     A false answer that looks likely from one side seldom does from all (Franzen et al. 2025, product of experts).
     """
     how = asking or Asking()
-    encoder = as_encoder(how.encoder)
     totals = [0.0] * len(candidates)
     for augmentation in augmentations if candidates else ():
-        prompt = build(
-            augmentation.apply(task), test, encoder=encoder, form=how.form, template=how.template,
-            begin=how.begin, count=how.count, budget=how.budget,
-        )  # fmt: skip
-        answers = [answer(augmentation.apply_grid(c.grid), encoder, how.form) for c in candidates]
+        prompt = how.prompt(augmentation.apply(task), test)
+        answers = [answer(augmentation.apply_grid(c.grid), how.encoder, how.format) for c in candidates]
         # what the prompt already says of the answer is not scored again
-        found = score(prompt.text, [text.removeprefix(prompt.begun) for text in answers])
-        if len(found) != len(answers) or any(value != value for value in found):
-            raise InputError(f"score: found {list(found)[:8]}, expected {len(answers)} log-probabilities")
-        totals = [total + float(value) for total, value in zip(totals, found, strict=True)]
+        log_probs = score(prompt.text, [text.removeprefix(prompt.begun) for text in answers])
+        if len(log_probs) != len(answers) or any(value != value for value in log_probs):
+            raise InputError(f"score: found {list(log_probs)[:8]}, expected {len(answers)} log-probabilities")
+        totals = [total + float(value) for total, value in zip(totals, log_probs, strict=True)]
     scored = [replace(c, score=total) for c, total in zip(candidates, totals, strict=True)]
     return sorted(scored, key=lambda c: (-(c.score or 0.0), -c.votes, _key(c.grid)))

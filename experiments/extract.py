@@ -5,9 +5,7 @@ Without flags: the embedded demo model on six tasks of ARC-AGI-1. `--model Qwen/
 
 import collections
 import dataclasses
-import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,9 @@ from rich.table import Table
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import cli, rows
+from qwen_lab import cli, completions, files, places, prompts, provenance, rows
+from qwen_lab.errors import at_least_one
+from qwen_lab.prompts import Item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,37 +55,22 @@ class Config:
     """Store directory; a run that was cut off goes on where it stopped."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One test input of one task, as tokens."""
-
-    task: arc.Task
-    test: int
-    prompt: arc.prompt.Prompt
-    tokens: list[int]
-
-
 def main(config: Config) -> None:
-    for name in ("limit", "max_new_tokens", "batch_size", "items_per_shard"):
-        cli.at_least_one(name, getattr(config, name))
+    at_least_one(config, "limit", "max_new_tokens", "batch_size", "items_per_shard")
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
-    if config.model == "tiny-arc":
-        cli.console.print(
-            "tiny-arc is a demonstration model: it shows that everything runs, its answers mean little.\n"
-            "--model Qwen/Qwen2.5-0.5B-Instruct (any hub id or directory) loads a real one.\n"
-        )
-    layers = [] if config.layers == "none" else parse_layers(config.layers, model.config.layers)
+    cli.say_what_a_demo_is(config.model)
+    layers = [] if config.layers == "none" else places.parse_layers(config.layers, model.config.layers)
     capture = qwen_eqx.Capture(layers=layers, sites=config.sites, positions=config.positions)
-    items = list(make_items(config, model.config, tokenizer))
+    items = make_items(config, model.config, tokenizer)
     writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
-    cli.record_run(config.out, config)
+    provenance.record_run(config.out, config)
     cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
     generated, seconds = 0, 0.0
     todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
     with cli.bar(len(todo), "generating", "prompts") as advance:
         for shard in writer.missing:
             numbers = writer.plan.items_of(shard)
-            parts, outcomes = [], []
+            parts, said = [], []
             for batch in [numbers[at : at + config.batch_size] for at in range(0, len(numbers), config.batch_size)]:
                 begin = time.perf_counter()
                 out = answer(model, tokenizer, [items[number] for number in batch], capture, config)
@@ -93,50 +78,17 @@ def main(config: Config) -> None:
                 generated += int(out.lengths.sum())
                 for row, number in enumerate(batch):
                     parts.append(to_rows(out, row, number, items[number]))
-                    outcomes.append(outcome(out, row, items[number], tokenizer, config))
+                    said.append(entry(out, row, items[number], tokenizer))
                 advance(len(batch), f"{generated / seconds:,.0f} tok/s ")
-            writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), outcomes)
+            writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), said)
     report(config, generated, seconds)
 
 
-def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> Iterator[Item]:
+def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> list[Item]:
     """Every test input of the first `limit` tasks; a prompt that exceeds the model loses whole training pairs."""
     budget = model.max_seq - config.max_new_tokens
-    template = tokenizer.render_chat if tokenizer.chat_template is not None else None
-    for task in list(arc.load_tasks(config.tasks))[: config.limit]:
-        for test in range(len(task.test)):
-            prompt = arc.prompt.build(
-                task,
-                test,
-                encoder=config.encoder,
-                form=config.prompt,
-                template=template,
-                count=lambda text: len(tokenizer.encode(text)),
-                budget=budget,
-            )
-            yield Item(task, test, prompt, tokenizer.encode(prompt.text))
-
-
-def parse_layers(text: str, layers: int) -> list[int]:
-    """`late`, `all`, `10:24` or `3,5,7`, as block numbers of a model with `layers` blocks."""
-    if text in ("late", "all"):
-        return list(range(min(math.ceil(0.4 * layers), layers - 1) if text == "late" else 0, layers))
-    try:
-        if ":" in text:
-            low, high = (
-                int(part) if part else default for part, default in zip(text.split(":"), (0, layers), strict=True)
-            )
-            chosen = list(range(low, high))
-        else:
-            chosen = [int(part) for part in text.split(",")]
-    except ValueError:
-        chosen = []
-    if not chosen or not all(0 <= layer < layers for layer in chosen):
-        raise qwen_eqx.InputError(
-            f"--layers: found {text!r}, expected late, all, a range such as 1:{layers} or a list such as 0,{layers - 1}; "
-            f"the model has blocks 0 to {layers - 1}"
-        )
-    return chosen
+    asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
+    return prompts.items(list(arc.load_tasks(config.tasks))[: config.limit], tokenizer, asking)
 
 
 def memory(config: Config, model: qwen_eqx.Qwen, capture: qwen_eqx.Capture, items: list[Item]) -> qwen_eqx.MemoryPlan:
@@ -157,43 +109,30 @@ def memory(config: Config, model: qwen_eqx.Qwen, capture: qwen_eqx.Capture, item
 def answer(
     model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, items: list[Item], capture: qwen_eqx.Capture, config: Config
 ) -> qwen_eqx.Generation:
-    """Generates for a few prompts at once, stopping at the end of a text."""
-    return qwen_eqx.generate(
-        model,
-        [item.tokens for item in items],
-        max_new_tokens=config.max_new_tokens,
-        stop_tokens=tokenizer.eos_ids,
-        pad_token=tokenizer.pad_id,
-        capture=capture,
-    )
+    """What the model writes after a few prompts at once."""
+    tokens = [item.tokens for item in items]
+    return completions.generate(model, tokenizer, tokens, config.max_new_tokens, capture=capture)
 
 
 def to_rows(out: qwen_eqx.Generation, row: int, number: int, item: Item) -> sae.Rows:
     """The stored rows of one prompt of a batch."""
     assert out.activations is not None
     prompt = None if out.prompt_activations is None else out.prompt_activations[:, row]
-    tokens = np.asarray(out.tokens[row, : int(out.lengths[row])])
-    return rows.of_sequence(item.tokens, tokens, number, out.activations[:, row], prompt)
+    return sae.Rows.of_sequence(item.tokens, completions.tokens_of(out, row), number, out.activations[:, row], prompt)
 
 
-def outcome(
-    out: qwen_eqx.Generation, row: int, item: Item, tokenizer: qwen_eqx.Tokenizer, config: Config
-) -> dict[str, Any]:
+def entry(out: qwen_eqx.Generation, row: int, item: Item, tokenizer: qwen_eqx.Tokenizer) -> dict[str, Any]:
     """What an item's sidecar entry says: the task, what the model wrote, and how it reads."""
-    tokens = np.asarray(out.tokens[row, : int(out.lengths[row])])
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    parsed = arc.parse.parse(text, config.encoder, item.prompt.begun)
-    truth = item.task.test[item.test].output
-    right = truth is not None and parsed.grid is not None and np.array_equal(parsed.grid, truth)
+    sample = completions.read(out, row, item.request, tokenizer)
     return {
         "task": item.task.id,
         "test": item.test,
         "prompt_tokens": len(item.tokens),
         "dropped_pairs": list(item.prompt.dropped),
-        "tokens": len(tokens),
-        "log_prob": round(float(out.log_probs[row].sum()), 6),
-        "text": text,
-        "outcome": parsed.reason or ("correct" if right else "wrong"),
+        "tokens": int(out.lengths[row]),
+        "log_prob": round(sample.completion.log_prob, 6),
+        "text": sample.completion.text,
+        "outcome": completions.outcome(sample, item.task),
     }
 
 
@@ -201,17 +140,9 @@ def manifest(
     config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, capture: qwen_eqx.Capture, items: int
 ) -> sae.Manifest:
     """What the store says of itself before its first shard."""
-    return rows.manifest(
-        model,
-        tokenizer,
-        capture,
-        sae.Plan(items, config.items_per_shard),
-        model_id=config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        seed=config.seed,
-        config={name: value for name, value in cli.jsonable(config).items() if name != "out"},
-    )
+    settings = {name: value for name, value in files.jsonable(config).items() if name != "out"}
+    origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settings)
+    return rows.manifest(model, tokenizer, capture, sae.Plan(items, config.items_per_shard), origin)
 
 
 def report(config: Config, generated: int, seconds: float) -> None:

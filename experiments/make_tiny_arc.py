@@ -18,7 +18,8 @@ from arc.encode import ARC24_SYMBOLS, DEFAULT_ENCODER
 from arc.grid import as_grid
 from arc.prompt import PROMPTS, answer, chat_messages
 from arc.task import Pair, Task
-from qwen_lab import cli
+from qwen_lab import cli, files
+from qwen_lab.errors import InputError
 
 EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
 VOCAB = 512
@@ -61,8 +62,8 @@ class Config:
 
 def main(config: Config) -> None:
     if not 0 <= config.seed < 2**32:
-        raise qwen_eqx.InputError(f"--seed: found {config.seed}, expected 0 to {2**32 - 1}")
-    cli.fresh_directory(config.out)
+        raise InputError(f"--seed: found {config.seed}, expected 0 to {2**32 - 1}")
+    files.fresh_directory(config.out)
     make(config.out, config.seed)
     total = sum(path.stat().st_size for path in config.out.iterdir())
     cli.console.print(f"wrote: {config.out} ({CONFIG.parameters:,} weights, {total:,} bytes)", markup=False)
@@ -74,11 +75,11 @@ def corpus(rng: np.random.Generator) -> list[str]:
     """Every prompt format around the usual encoders, over random grids; each symbol alone, so that it is one token."""
     texts = ["0".join(ARC24_SYMBOLS)] * 100
     for encoder, copies in ENCODERS_READ.items():
-        for name, form in PROMPTS.items():
+        for name, prompt_format in PROMPTS.items():
             for _ in range(copies):
                 pairs = [Pair(_grid(rng), _grid(rng)) for _ in range(3)]
                 task = Task(id="made-up", train=tuple(pairs[:2]), test=tuple(pairs[2:]))
-                for message in chat_messages(task, 0, encoder, form):
+                for message in chat_messages(task, 0, encoder, prompt_format):
                     texts.append(f"{message['role']}\n{message['content']}")
                 texts.append(f"assistant\n{answer(task.test[0].input, encoder, name)}")
     return texts

@@ -14,14 +14,15 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 import arc
-import extract
 import qwen_eqx
 import sae
-from qwen_lab import answering, cli, predictions, rows, solve_report
+from qwen_lab import answering, cli, files, places, predictions, prompts, provenance, rows, solve_report
 from qwen_lab.answering import Answer, How, Question
+from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.predictions import RESCORED, Line
 
 FREE = ("out", "report_tasks")  # what a run may be gone on with differently; so may `select`, but for rescoring
+Answered = list[tuple[Question, list[Answer]]]
 RESCORED_MOST = 8  # candidates of one test input that are scored again, the most frequent
 
 
@@ -89,34 +90,28 @@ def main(config: Config) -> None:
     check(config)
     tasks = list(itertools.islice(arc.iter_tasks(config.tasks, solutions=config.solutions), config.limit))
     if not tasks:
-        raise arc.InputError(f"--tasks {config.tasks}: found no tasks, expected at least one")
+        raise InputError(f"--tasks {config.tasks}: found no tasks, expected at least one")
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
-    if config.model == "tiny-arc":
-        cli.console.print(
-            "tiny-arc is a demonstration model: it shows that everything runs, its answers mean little.\n"
-            "--model Qwen/Qwen2.5-0.5B-Instruct (any hub id or directory) loads a real one.\n"
-        )
+    cli.say_what_a_demo_is(config.model)
     run = Run(config, model, tokenizer, tasks)
     if run.file.done:
         cli.console.print(f"going on after {len(run.file.done)} of {len(tasks)} tasks")
-    cli.record_run(config.out, config)
+    provenance.record_run(config.out, config)
     run.generate()
     finish(run)
 
 
 def check(config: Config) -> None:
     """Raises for flags that no run can have."""
-    counts = ["predictions_per_task", "max_new_tokens", "slots", "tasks_together", "items_per_shard"]
-    counts += [name for name in ("limit", "max_prompt_tokens") if getattr(config, name) is not None]
-    for name in counts:
-        cli.at_least_one(name, getattr(config, name))
+    at_least_one(config, "predictions_per_task", "max_new_tokens", "slots", "tasks_together", "items_per_shard")
+    at_least_one(config, "limit", "max_prompt_tokens")
     for name in ("temperature", "top_p", "threshold"):
         value, most = getattr(config, name), float("inf") if name == "temperature" else 1.0
         if not 0 < value <= most:
             rule = "a number above 0" if name == "temperature" else "a probability above 0 and at most 1"
-            raise qwen_eqx.InputError(f"--{name.replace('_', '-')}: found {value}, expected {rule}")
+            raise InputError(f"--{name.replace('_', '-')}: found {value}, expected {rule}")
     if config.capture and config.how == "threshold":
-        raise qwen_eqx.InputError("--capture: found --how threshold, expected greedy or sampled: a search keeps none")
+        raise InputError("--capture: found --how threshold, expected greedy or sampled: a search keeps none")
     arc.encode.as_encoder(config.encoder)  # a wrong name raises here, not as a prompt that does not fit
     arc.prompt.as_format(config.prompt)
 
@@ -128,22 +123,17 @@ class Run:
         self.config, self.model, self.tokenizer, self.tasks = config, model, tokenizer, tasks
         self.encoder = arc.encode.as_encoder(config.encoder)
         self.begun = arc.prefill(config.encoder, config.prompt)
-        budget = model.config.max_seq - config.max_new_tokens
-        self.asking = arc.Asking(
-            encoder=self.encoder,
-            form=config.prompt,
-            template=tokenizer.render_chat if tokenizer.chat_template is not None else None,
-            count=lambda text: len(tokenizer.encode(text)),
-            budget=min(budget, config.max_prompt_tokens or budget),
-        )
+        room = model.config.max_seq - config.max_new_tokens
+        budget = min(room, config.max_prompt_tokens or room)
+        self.asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
         capture = None
         if config.capture:
-            layers = extract.parse_layers(config.layers, model.config.layers)
+            layers = places.parse_layers(config.layers, model.config.layers)
             capture = qwen_eqx.Capture(layers=layers, positions=config.positions)
         filters = (qwen_eqx.Temperature(config.temperature), qwen_eqx.TopP(config.top_p))
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
-        cli.fresh_directory(config.out)
+        files.fresh_directory(config.out)
         predictions.same_run(config.out, settled(config) | self.facts())
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task
@@ -158,24 +148,16 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What results depend on beside the flags."""
         return {
-            "tasks_digest": cli.digest([[task.id, task.to_dict()] for task in self.tasks]),
-            "model_config": cli.digest(dataclasses.asdict(self.model.config)),
+            "tasks_digest": files.digest([[task.id, task.to_dict()] for task in self.tasks]),
+            "model_config": files.digest(dataclasses.asdict(self.model.config)),
             "tokenizer": self.tokenizer.digest,
         }
 
     def store(self, capture: qwen_eqx.Capture) -> sae.StoreWriter:
         config = self.config
-        manifest = rows.manifest(
-            self.model,
-            self.tokenizer,
-            capture,
-            sae.Plan(self.firsts[-1], config.items_per_shard),
-            model_id=config.model,
-            revision=config.revision,
-            dtype=config.dtype,
-            seed=config.seed,
-            config=settled(config),
-        )
+        plan = sae.Plan(self.firsts[-1], config.items_per_shard)
+        origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settled(config))
+        manifest = rows.manifest(self.model, self.tokenizer, capture, plan, origin)
         return sae.StoreWriter.create(config.out / "activations", manifest)
 
     def generate(self) -> None:
@@ -205,10 +187,10 @@ class Run:
         first = self.firsts[numbers.start]
         answers = answering.complete(self.model, self.tokenizer, every, self.encoder, self.how, first)
         for number, questions in asked.items():
-            found = [(question, next(answers)) for question in questions]
-            self.tokens += sum(len(answer.tokens) for _, several in found for answer in several)
+            answered = [(question, next(answers)) for question in questions]
+            self.tokens += sum(len(answer.tokens) for _, several in answered for answer in several)
             self.seconds += time.perf_counter() - begin
-            yield number, self.lines(self.tasks[number], found, self.firsts[number])
+            yield number, self.lines(self.tasks[number], answered, self.firsts[number])
             begin = time.perf_counter()
 
     def questions(self, task: arc.Task) -> list[Question]:
@@ -222,35 +204,28 @@ class Run:
     def choose(self, task: arc.Task, lines: Sequence[Line]) -> list[list[arc.vote.Candidate]]:
         return predictions.choose(task, lines, self.config.encoder, self.begun, self.config.select)
 
-    def lines(self, task: arc.Task, found: list[tuple[Question, list[Answer]]], first: int) -> list[Line]:
+    def lines(self, task: arc.Task, answered: Answered, first: int) -> list[Line]:
         """What is written of a task; captured rows go to their shard."""
         lines, samples = [], []
-        for item, (question, several) in enumerate(found, first):
+        for item, (question, several) in enumerate(answered, first):
             for answer in several or [None]:
-                text = None if answer is None else self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                fields, sample = predictions.line(question, answer, text)
+                fields, sample = predictions.line(question, answer, self.tokenizer)
                 lines.append(fields)
                 samples += [] if sample is None else [sample]
                 if self.shards is not None:
                     kept = None if answer is None else answer.rows
-                    kept = rows.nothing(self.shards.writer.manifest) if kept is None else kept
-                    self.shards.add(item, kept, {**fields, "text": text or ""})
+                    kept = sae.Rows.none(self.shards.writer.manifest) if kept is None else kept
+                    self.shards.add(item, kept, {**fields, "text": fields["text"] or ""})
         if self.config.select == RESCORED:
-            self.rescore(task, found, lines, samples)
+            self.rescore(task, answered, lines, samples)
         return lines
 
-    def rescore(
-        self,
-        task: arc.Task,
-        found: list[tuple[Question, list[Answer]]],
-        lines: list[Line],
-        samples: Sequence[arc.Sample],
-    ) -> None:
+    def rescore(self, task: arc.Task, answered: Answered, lines: list[Line], samples: Sequence[arc.Sample]) -> None:
         """Adds to each line the score of its grid: its log-probability as the answer, summed over the augmentations."""
         score = answering.scorer(self.model, self.tokenizer)
         for test in range(len(task.test)):
             candidates = arc.vote.by_count(s for s in samples if s.test == test)[:RESCORED_MOST]
-            fits = [question.view for question, _ in found if question.request is not None and question.test == test]
+            fits = [question.view for question, _ in answered if question.request is not None and question.test == test]
             views = list(dict.fromkeys(fits))
             scored = arc.vote.rescore(candidates, task, test, score, views, self.asking)
             scores = {json.dumps(candidate.grid.tolist()): candidate.score for candidate in scored}
@@ -261,8 +236,8 @@ class Run:
 
 def settled(config: Config) -> dict[str, Any]:
     """The flags that must agree for a run to go on."""
-    found = {name: value for name, value in cli.jsonable(config).items() if name not in FREE}
-    return found | {"select": RESCORED if config.select == RESCORED else "any but rescore"}
+    flags = {name: value for name, value in files.jsonable(config).items() if name not in FREE}
+    return flags | {"select": RESCORED if config.select == RESCORED else "any but rescore"}
 
 
 def finish(run: Run) -> None:
@@ -276,12 +251,12 @@ def finish(run: Run) -> None:
     if known:
         samples = [s for lines in done for s in predictions.samples_of(lines, config.encoder, run.begun)]
         report = arc.evaluate(samples, made, known)
-        cli.write_text(config.out / "scores.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        files.write_json(config.out / "scores.json", dataclasses.asdict(report))
         cli.console.print(str(report), markup=False)
     else:
         cli.console.print("no answers are known for these tasks: nothing to score")
     page = solve_report.page(f"{config.model} on {config.tasks}", tasks, chosen, done, report, config.report_tasks)
-    cli.write_text(config.out / "report.html", page)
+    files.write_text(config.out / "report.html", page)
     cli.console.print(f"wrote submission.json, predictions.jsonl and report.html in {config.out}")
     if config.capture:
         store = sae.ActivationStore.open(config.out / "activations")

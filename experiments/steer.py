@@ -5,8 +5,8 @@ clamp: latent j is held at the value, and what the SAE leaves out of x stays as 
 """
 
 import dataclasses
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,16 @@ import numpy as np
 from rich.table import Column, Table
 from rich.text import Text
 
-import arc
-import extract
 import qwen_eqx
 import sae
-from qwen_lab import cli, pages, sources, splicing
+from qwen_lab import cli, completions, files, loading, prompts, provenance
+from qwen_lab.errors import InputError, at_least_one
+from qwen_lab.places import Dictionary
+from qwen_lab.prompts import Item
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(splicing.OnModel):
+class Config(loading.OnModel):
     sae: str = "runs/train_sae/sae"
     """SAE directory, file or hub id."""
     latent: int | None = None
@@ -45,54 +46,53 @@ class Config(splicing.OnModel):
 
 
 def main(config: Config) -> None:
-    for name in ("limit", "max_prompt", "max_new_tokens"):
-        cli.at_least_one(name, getattr(config, name))
+    at_least_one(config, "limit", "max_prompt", "max_new_tokens")
     if not math.isfinite(config.strength):
-        raise sae.InputError(f"--strength: found {config.strength}, expected a finite number")
-    module, metadata, _ = sae.load_with_metadata(config.sae)
-    if config.latent is not None and not 0 <= config.latent < module.d_sae:
-        raise sae.InputError(f"--latent: found {config.latent}, expected 0 to {module.d_sae - 1}")
-    model, tokenizer, _ = config.load_model([metadata])
-    place = config.place(model.config, module, metadata)
-    if place.transcodes and config.mode == "clamp":
-        raise sae.InputError(f"--mode: found clamp for a transcoder ({place}), expected add: it reads another site")
-    chosen = pages.unseen_tasks(metadata, config.tasks)[: config.limit]
-    items = sources.read_items(chosen, config.max_prompt, model.config, tokenizer, config.encoder, config.prompt)
-    latent, peak = pick(model, module, items, place.reads, config.latent)
+        raise InputError(f"--strength: found {config.strength}, expected a finite number")
+    loaded = sae.load_with_metadata(config.sae)
+    if config.latent is not None and not 0 <= config.latent < loaded.module.d_sae:
+        raise InputError(f"--latent: found {config.latent}, expected 0 to {loaded.module.d_sae - 1}")
+    model, tokenizer, _ = config.load_model([loaded.metadata])
+    dictionary = config.dictionary(config.sae, loaded, model.config)
+    place = dictionary.place
+    if not clampable(dictionary) and config.mode == "clamp":
+        raise InputError(f"--mode: found clamp for a dictionary of {place}, expected add: it reads other sites too")
+    items = make_items(config, loaded.metadata, model.config, tokenizer)
+    latent, peak = pick(model, dictionary, items, config.latent)
     value = config.strength * (peak or 1.0)
     verb = f"plus {value:.3g} times" if config.mode == "add" else f"with the value held at {value:.3g} of"
     cli.console.print(
-        f"latent {latent} at {place.writes}: {verb} its direction; its largest value on these prompts is {peak:.3g}"
+        f"latent {latent} at {place.written}: {verb} its direction; its largest value on these prompts is {peak:.3g}"
     )
-    cli.fresh_directory(config.out)
-    cli.record_run(config.out, config)
-    edit = make_edit(config, module, latent, value, place.writes)
-    before, after = (answer(config, model, tokenizer, items, edits) for edits in ((), (edit,)))
-    table = Table(
-        "task",
-        Column("before", overflow="fold"),
-        Column("after", overflow="fold"),
-        title=f"latent {latent}, {config.mode}, {config.where}",
-        show_lines=True,
-    )
-    for item, old, new in zip(items, before, after, strict=True):
-        table.add_row(item.task.id, printable(old["text"]), printable(new["text"]))
-    cli.console.print(table, soft_wrap=False)
+    files.fresh_directory(config.out)
+    provenance.record_run(config.out, config)
+    edits = make_edits(config, dictionary, latent, value)
+    before, after = (answer(config, model, tokenizer, items, each) for each in ((), edits))
+    show(f"latent {latent}, {config.mode}, {config.where}", items, before, after)
     changed = float(np.mean([old["tokens"] != new["tokens"] for old, new in zip(before, after, strict=True)]))
     cli.console.print(f"{changed:.0%} of the answers changed")
-    facts = {"latent": latent, "value": value, "site": place.writes, "peak": peak, "changed": changed}
-    rows = [{"task": i.task.id, "before": a, "after": b} for i, a, b in zip(items, before, after, strict=True)]
-    cli.write_text(config.out / "steer.json", json.dumps(facts | {"answers": rows}, indent=2) + "\n")
+    facts = {"latent": latent, "value": value, "site": place.written, "peak": peak, "changed": changed}
+    answers = [{"task": i.task.id, "before": a, "after": b} for i, a, b in zip(items, before, after, strict=True)]
+    files.write_json(config.out / "steer.json", facts | {"answers": answers})
     cli.console.print(f"wrote: {config.out / 'steer.json'}")
-    other = "" if place.transcodes else " (or --mode clamp)"
+    other = "" if not clampable(dictionary) else " (or --mode clamp)"
     cli.console.print(f"next: python experiments/steer.py --sae {config.sae} --latent {latent} --strength -4{other}")
 
 
-def pick(
-    model: qwen_eqx.Qwen, module: sae.AbstractDictionary, items: list[extract.Item], site: str, latent: int | None
-) -> tuple[int, float]:
+def make_items(
+    config: Config, metadata: Mapping[str, Any], model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer
+) -> list[Item]:
+    """Those test inputs of tasks the SAE was not trained on whose prompts fit."""
+    tasks = loading.unseen_tasks(metadata, config.tasks)[: config.limit]
+    budget = min(config.max_prompt, model.max_seq)
+    asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
+    return prompts.items(tasks, tokenizer, asking, too_long="skip")
+
+
+def pick(model: qwen_eqx.Qwen, dictionary: Dictionary, items: list[Item], latent: int | None) -> tuple[int, float]:
     """The latent asked for or chosen, and its largest value on the prompts."""
-    codes = [splicing.encoded(module, splicing.captured(model, item.tokens, [site])[site]) for item in items]
+    acts = (qwen_eqx.captured(model, item.tokens, dictionary.place.reads) for item in items)
+    codes = [sae.encoded(dictionary.module, dictionary.read(each)) for each in acts]
     peaks = np.max([z.max(axis=0) for z in codes], axis=0)
     fired = np.sum([(z > 0).sum(axis=0) for z in codes], axis=0)
     share = fired / sum(len(item.tokens) for item in items)
@@ -102,44 +102,52 @@ def pick(
     return latent, float(peaks[latent])
 
 
+def show(title: str, items: list[Item], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """The answers side by side."""
+    table = Table(
+        "task", Column("before", overflow="fold"), Column("after", overflow="fold"), title=title, show_lines=True
+    )
+    for item, old, new in zip(items, before, after, strict=True):
+        table.add_row(item.task.id, printable(old["text"]), printable(new["text"]))
+    cli.console.print(table, soft_wrap=False)
+
+
 def printable(text: str) -> Text:
     """Text for a terminal: a control character becomes a dot."""
     return Text("".join(each if each.isprintable() or each == "\n" else "·" for each in text))
 
 
-def make_edit(
-    config: Config, module: sae.AbstractDictionary, latent: int, value: float, site: str
-) -> qwen_eqx.AbstractEdit:
+def clampable(dictionary: Dictionary) -> bool:
+    """Whether what it puts at a site depends on what stands there alone."""
+    return not dictionary.place.transcodes and not dictionary.module.several_sites
+
+
+def make_edits(config: Config, dictionary: Dictionary, latent: int, value: float) -> tuple[qwen_eqx.AbstractEdit, ...]:
+    """One edit for each site that is written."""
+    rows = dictionary.by_site(dictionary.module.decoder[latent][None])
     if config.mode == "add":
-        return qwen_eqx.Steer(module.decoder[latent], value, site=site, where=config.where)
-    held = splicing.Clamped(module, jnp.int32(latent), jnp.float32(value))
-    return qwen_eqx.Replace(held, error_of=module, site=site, where=config.where)
+        return tuple(qwen_eqx.Steer(row[0], value, site=site, where=config.where) for site, row in rows.items())
+    held = sae.Clamped(dictionary.module, jnp.int32(latent), jnp.float32(value))
+    (site,) = rows
+    return (qwen_eqx.Replace(held, error_of=dictionary.module, site=site, where=config.where),)
 
 
 def answer(
     config: Config,
     model: qwen_eqx.Qwen,
     tokenizer: qwen_eqx.Tokenizer,
-    items: list[extract.Item],
+    items: list[Item],
     edits: tuple[qwen_eqx.AbstractEdit, ...],
 ) -> list[dict[str, Any]]:
     """What the model writes, greedily, and how it reads as a grid."""
-    out = qwen_eqx.generate(
-        model,
-        [item.tokens for item in items],
-        max_new_tokens=config.max_new_tokens,
-        stop_tokens=tokenizer.eos_ids,
-        pad_token=tokenizer.pad_id,
-        edits=edits,
-    )
-    found = []
+    out = completions.generate(model, tokenizer, [item.tokens for item in items], config.max_new_tokens, edits=edits)
+    answers = []
     for row, item in enumerate(items):
-        tokens = np.asarray(out.tokens[row, : int(out.lengths[row])])
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        parsed = arc.parse.parse(text, config.encoder, item.prompt.begun)
-        grid = None if parsed.grid is None else parsed.grid.tolist()
-        found.append({"text": text, "tokens": tokens.tolist(), "grid": grid, "reason": parsed.reason})
-    return found
+        sample = completions.read(out, row, item.request, tokenizer)
+        grid = None if sample.grid is None else sample.grid.tolist()
+        said = {"text": sample.completion.text, "tokens": completions.tokens_of(out, row).tolist()}
+        answers.append(said | {"grid": grid, "reason": sample.parsed.reason})
+    return answers
 
 
 if __name__ == "__main__":

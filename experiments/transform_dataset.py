@@ -13,9 +13,11 @@ from typing import Any
 
 import arc
 from arc.data import content_id, reasons, task_from_examples
+from arc.files import whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
-from qwen_lab import cli
+from qwen_lab import cli, files, provenance
+from qwen_lab.errors import INPUT_ERRORS, InputError, at_least_one
 
 SAVE_EVERY = 500  # records between two savings of the state
 
@@ -52,15 +54,13 @@ class State:
 def sources(config: Config) -> list[str]:
     path = Path(config.dataset)
     if path.is_dir():
-        found = sorted(str(file) for file in path.iterdir() if file.suffix in STREAMED)
-        if not found:
-            raise arc.InputError(f"--dataset {path}: found no {' or '.join(STREAMED)} file, expected at least one")
-        return found
+        inside = sorted(str(file) for file in path.iterdir() if file.suffix in STREAMED)
+        if not inside:
+            raise InputError(f"--dataset {path}: found no {' or '.join(STREAMED)} file, expected at least one")
+        return inside
     if path.suffix in STREAMED or path.exists():
         if path.suffix not in STREAMED:
-            raise arc.InputError(
-                f"--dataset {path}: found {path.suffix or 'no ending'}, expected {' or '.join(STREAMED)}"
-            )
+            raise InputError(f"--dataset {path}: found {path.suffix or 'no ending'}, expected {' or '.join(STREAMED)}")
         return [str(path)]
     return hub_files(config.dataset, config.revision)
 
@@ -68,19 +68,19 @@ def sources(config: Config) -> list[str]:
 def as_task(record: dict[str, Any], where: str, most: int) -> Task:
     """A task of 2 to `most` training pairs and one test, named by the hash of what it holds."""
     if "examples" not in record:
-        raise arc.InputError(f"{where}: found fields {sorted(record)[:6]}, expected a field 'examples'")
+        raise InputError(f"{where}: found fields {sorted(record)[:6]}, expected a field 'examples'")
     pairs = task_from_examples(record, where)
     kept = (*pairs.train, *pairs.test)[: most + 1]
     if len(kept) < 3:
-        raise arc.InputError(f"{where}: found {len(kept)} pairs, expected at least 3: 2 to train, 1 to test")
+        raise InputError(f"{where}: found {len(kept)} pairs, expected at least 3: 2 to train, 1 to test")
     return Task(content_id(kept), kept[:-1], kept[-1:])
 
 
-def records(files: list[str], state: State) -> Iterator[tuple[str, dict[str, Any] | arc.InputError]]:
+def records(paths: list[str], state: State) -> Iterator[tuple[str, dict[str, Any] | arc.InputError]]:
     """Records from where the state stands; it counts them as they are taken."""
-    while state.file < len(files):
-        for found in iter_records(files[state.file], state.record):
-            yield found
+    while state.file < len(paths):
+        for entry in iter_records(paths[state.file], state.record):
+            yield entry
             state.record += 1
         state.file, state.record = state.file + 1, 0
 
@@ -94,20 +94,20 @@ def resume(config: Config, wanted: dict[str, Any]) -> tuple[State, set[str]]:
     for name, value in wanted.items():
         if state.config.get(name) != value:
             said = f"found a run with {name}={state.config.get(name)!r}, expected {value!r}"
-            raise arc.InputError(f"--out {config.out}: {said}; name another directory")
+            raise InputError(f"--out {config.out}: {said}; name another directory")
     for part, size in (("challenges", state.challenges_bytes), ("solutions", state.solutions_bytes)):
         os.truncate(config.out / f"{part}.part", size)
     with open(config.out / "challenges.part") as lines:
         return state, {next(iter(json.loads("{" + line + "}"))) for line in lines}
 
 
-def convert(config: Config, files: list[str], state: State, seen: set[str]) -> None:
+def convert(config: Config, paths: list[str], state: State, seen: set[str]) -> None:
     """Append tasks to the part files; the state is saved beside them, and on the way out."""
     why: Counter[str] = Counter(state.why)
     with (
         open(config.out / "challenges.part", "a") as challenges,
         open(config.out / "solutions.part", "a") as solutions,
-        cli.bar(config.max_samples, "transform", "tasks") as advance,  # type: ignore[arg-type]  # rich shows no total
+        cli.bar(config.max_samples, "transform", "tasks") as advance,
     ):
 
         def save() -> None:
@@ -116,15 +116,15 @@ def convert(config: Config, files: list[str], state: State, seen: set[str]) -> N
                 os.fsync(handle.fileno())
             state.challenges_bytes, state.solutions_bytes = challenges.tell(), solutions.tell()
             state.why = dict(why)
-            cli.write_text(config.out / "state.json", json.dumps(asdict(state)))
+            files.write_text(config.out / "state.json", json.dumps(asdict(state)))
 
         save()
-        for number, (where, record) in enumerate(records(files, state), 1):
+        for number, (where, record) in enumerate(records(paths, state), 1):
             try:
                 if isinstance(record, arc.InputError):
                     raise record
                 task = as_task(record, where, config.max_train_pairs)
-            except arc.InputError as error:
+            except INPUT_ERRORS as error:
                 state.skipped += 1
                 why.update(reasons([str(error)]))
             else:
@@ -150,37 +150,34 @@ def convert(config: Config, files: list[str], state: State, seen: set[str]) -> N
 def finish(out: Path, state: State) -> None:
     """The part files become JSON objects, line by line, so that a gigabyte of tasks never lies in memory."""
     for name in ("challenges", "solutions"):
-        part, whole = out / f"{name}.part", out / f".{name}.json.tmp"
-        with open(part) as lines, open(whole, "w") as handle:
+        with open(out / f"{name}.part") as lines, whole(out / f"{name}.json") as handle:
             handle.write("{")
             for number, line in enumerate(lines):
                 handle.write(("\n" if number == 0 else ",\n") + line.rstrip("\n"))
             handle.write("\n}\n")
-        os.replace(whole, out / f"{name}.json")
     summary = {"tasks": state.tasks, "duplicates": state.duplicates, "skipped": state.skipped, "why": state.why}
-    cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_json(out / "summary.json", summary)
     for name in ("state.json", "challenges.part", "solutions.part"):
         (out / name).unlink()
 
 
 def main(config: Config) -> None:
     if config.max_train_pairs < 2:
-        raise arc.InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
-    if config.max_samples is not None:
-        cli.at_least_one("max_samples", config.max_samples)
-    cli.fresh_directory(config.out)
-    wanted = {key: value for key, value in cli.jsonable(config).items() if key != "out"}
+        raise InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
+    at_least_one(config, "max_samples")
+    files.fresh_directory(config.out)
+    wanted = {key: value for key, value in files.jsonable(config).items() if key != "out"}
     done = config.out / "challenges.json"
     if done.exists():
-        raise arc.InputError(f"{done}: found a finished run, expected another --out or no such file")
-    files = sources(config)
-    cli.console.print(f"reading {len(files)} file(s) of {config.dataset}")
+        raise InputError(f"{done}: found a finished run, expected another --out or no such file")
+    paths = sources(config)
+    cli.console.print(f"reading {len(paths)} file(s) of {config.dataset}")
     state, seen = resume(config, wanted)
     if state.tasks:
         cli.console.print(f"going on after {state.tasks} tasks")
-    convert(config, files, state, seen)
+    convert(config, paths, state, seen)
     finish(config.out, state)
-    cli.record_run(config.out, config)
+    provenance.record_run(config.out, config)
     cli.console.print(f"{state.tasks} tasks, {state.duplicates} duplicates dropped, {state.skipped} skipped")
     for reason, number in Counter(state.why).most_common():
         cli.console.print(f"  skipped {number}: expected {reason}", markup=False)

@@ -20,12 +20,12 @@ import qwen_eqx
 import tiny
 import tolerances
 from qwen_eqx import Generation, Qwen
-from qwen_lab import runs
+from qwen_lab import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[5], [9, 8, 7], [1, 2, 3, 4, 5, 6, 7], list(range(20, 36))]  # one token … exactly a bucket
 NEW = 6
-SMALL = runs.Config(
+SMALL = RunConfig(
     limit=6, held_out=2, max_new_tokens=4, d_sae=64, k=4, steps=8, batch_size=64, steps_per_call=2, checkpoint_every=4,
     max_prompt=512, buffer_rows=8192,
 )  # fmt: skip
@@ -93,7 +93,7 @@ def run(script: Any, config: Any) -> str:
     return said.getvalue()
 
 
-def small(out: Path, **fields: Any) -> runs.Config:
+def small(out: Path, **fields: Any) -> RunConfig:
     return dataclasses.replace(SMALL, out=out, **fields)
 
 

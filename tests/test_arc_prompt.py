@@ -33,15 +33,15 @@ def chatml(messages, add_generation_prompt=True):
     return turns + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def template_of(form):
-    return chatml if arc.PROMPTS[form].system else None  # without a system message Qwen's template writes its own
+def template_of(name):
+    return chatml if arc.PROMPTS[name].system else None  # without a system message Qwen's template writes its own
 
 
-@pytest.mark.parametrize("form", arc.PROMPTS)
+@pytest.mark.parametrize("name", arc.PROMPTS)
 @pytest.mark.parametrize("test", [0, 1])
-def test_golden_texts(form, test):
-    text = prompt_text(arc.chat_messages(TASK, test, form=form), arc.prefill(form=form), template_of(form))
-    assert text.encode() == (GOLDEN / f"{form}.{test}.txt").read_bytes()
+def test_golden_texts(name, test):
+    text = prompt_text(arc.chat_messages(TASK, test, format=name), arc.prefill(format=name), template_of(name))
+    assert text.encode() == (GOLDEN / f"{name}.{test}.txt").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,15 @@ def qwen():
     return (lambda text: len(tokenizer.encode(text).ids)), render
 
 
-@pytest.mark.parametrize("form", arc.PROMPTS)
+@pytest.mark.parametrize("name", arc.PROMPTS)
 @pytest.mark.parametrize("test", [0, 1])
-def test_golden_token_counts(qwen, form, test):
+def test_golden_token_counts(qwen, name, test):
     count, template = qwen
     counts = json.loads((GOLDEN / "token_counts.json").read_text())
-    golden = (GOLDEN / f"{form}.{test}.txt").read_text()
-    assert count(golden) == counts[f"{form}.{test}"]
-    if arc.PROMPTS[form].system:
-        assert prompt_text(arc.chat_messages(TASK, test, form=form), arc.prefill(form=form), template) == golden
+    golden = (GOLDEN / f"{name}.{test}.txt").read_text()
+    assert count(golden) == counts[f"{name}.{test}"]
+    if arc.PROMPTS[name].system:
+        assert prompt_text(arc.chat_messages(TASK, test, format=name), arc.prefill(format=name), template) == golden
 
 
 def test_counts_over_the_real_tasks(qwen):
@@ -78,22 +78,22 @@ def test_counts_over_the_real_tasks(qwen):
     count, template = qwen
     counts = json.loads((GOLDEN / "token_counts.json").read_text())
     chosen = arc.load_tasks("arc-agi-1/training")[::100]
-    for form in arc.PROMPTS:
-        found = {task.id: count(build(task, form=form, template=template).text) for task in chosen}
-        assert found == counts[form]
+    for name in arc.PROMPTS:
+        found = {task.id: count(build(task, format=name, template=template).text) for task in chosen}
+        assert found == counts[name]
 
 
 @given(task=tasks())
 def test_every_grid_is_in_the_prompt_in_order(task):
     encoder = arc.ENCODERS[arc.DEFAULT_ENCODER]
-    for form in arc.PROMPTS:
+    for name in arc.PROMPTS:
         for test, asked in enumerate(task.test):
             at = 0
-            said = arc.chat_messages(task, test, form=form)[-1]["content"]
+            said = arc.chat_messages(task, test, format=name)[-1]["content"]
             for grid in [*(g for p in task.train for g in (p.input, p.output)), asked.input]:
                 at = said.index(encoder.encode(grid), at) + 1
-            answer = arc.prompt.answer(asked.output, form=form)
-            assert answer.startswith(arc.prefill(form=form))
+            answer = arc.prompt.answer(asked.output, format=name)
+            assert answer.startswith(arc.prefill(format=name))
 
 
 def test_any_template_or_none():
@@ -105,7 +105,7 @@ def test_any_template_or_none():
     assert build(TASK).text.endswith(build(TASK).begun)
 
 
-def test_a_form_of_ones_own():
+def test_a_format_of_ones_own():
     mine = arc.prompt.PromptFormat("Be {brief}.", "Go:", "{input}>{output};", "{input}>", "")
     messages = arc.chat_messages(TASK, 1, "minimal", mine)
     assert messages[0]["content"] == "Be {brief}."
@@ -115,7 +115,7 @@ def test_a_form_of_ones_own():
 @pytest.mark.parametrize(("call", "line"), [
     (lambda: arc.chat_messages(TASK, 2), "task golden: test=2, expected 0 to 1"),
     (lambda: arc.chat_messages(TASK, -1), "task golden: test=-1, expected 0 to 1"),
-    (lambda: arc.chat_messages(TASK, form="v9"),
+    (lambda: arc.chat_messages(TASK, format="v9"),
      "prompt format: found 'v9', expected one of output-from-examples-v0, output-from-examples-v1, compact"),
     (lambda: build(TASK, budget=3), "budget: found only one of count and budget, expected both or none"),
     (lambda: build(TASK, count=len, budget=3), "task golden, test 0: found length 620 with one pair, expected 3"),
@@ -145,6 +145,23 @@ def test_fitting_drops_whole_pairs_and_says_which(task, budget, data):
         for index in fitted.dropped:
             more = tuple(p for i, p in enumerate(task.train) if i == index or i not in fitted.dropped)
             assert len(build(arc.Task(task.id, more, task.test), test).text) > budget
+
+
+def test_too_long_is_told_from_every_other_mistake():
+    asking = arc.Asking(count=len, budget=3)
+    with pytest.raises(arc.prompt.TooLong, match="task golden, test 1: found length"):
+        asking.prompt(TASK, 1)
+    for wrong in (arc.Asking(format="v9", count=len, budget=3), arc.Asking("nothing", count=len, budget=3)):
+        with pytest.raises(arc.InputError) as error:
+            wrong.prompt(TASK, 1)
+        assert not isinstance(error.value, arc.prompt.TooLong)
+
+
+def test_asking_is_building_with_its_fields():
+    asking = arc.Asking("shape(minimal)", "compact", begin=False, count=len, budget=100)
+    built = build(TASK, 1, encoder="shape(minimal)", format="compact", begin=False, count=len, budget=100)
+    assert asking.prompt(TASK, 1) == built
+    assert built.dropped
 
 
 def test_no_budget_drops_nothing():

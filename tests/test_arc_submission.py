@@ -90,3 +90,12 @@ def test_invalid_predictions_are_never_written(tmp_path, found, line):
 def test_predictions_without_tests_are_refused():
     with pytest.raises(arc.InputError, match="task a: found no test inputs"):
         submission.from_predictions({"a": []})
+
+
+def test_a_write_that_fails_leaves_what_stood_there(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text("before")
+    with pytest.raises(TypeError), arc.files.whole(path) as handle:
+        handle.write(1)
+    assert [file.name for file in tmp_path.iterdir()] == ["s.json"]
+    assert path.read_text() == "before"

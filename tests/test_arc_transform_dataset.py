@@ -6,6 +6,7 @@ import pytest
 
 import arc
 import transform_dataset as script
+from qwen_lab.errors import InputError
 from transform_dataset import Config, main
 
 
@@ -81,22 +82,22 @@ def test_max_samples_stops_early(fixture, tmp_path):
 def test_another_config_is_refused(fixture, tmp_path, monkeypatch):
     config = Config(dataset=str(fixture), out=tmp_path / "out")
     main(config)
-    with pytest.raises(arc.InputError, match="found a finished run"):
+    with pytest.raises(InputError, match="found a finished run"):
         main(config)
     (tmp_path / "out" / "challenges.json").unlink()
     state = script.State({"dataset": "other"}, why={})
     (tmp_path / "out" / "state.json").write_text(json.dumps(script.asdict(state)))
-    with pytest.raises(arc.InputError, match="found a run with dataset='other'"):
+    with pytest.raises(InputError, match="found a run with dataset='other'"):
         main(config)
 
 
 def test_wrong_flags_and_sources(tmp_path):
-    with pytest.raises(arc.InputError, match="--max-train-pairs: found 1"):
+    with pytest.raises(InputError, match="--max-train-pairs: found 1"):
         main(Config(dataset="x.jsonl", out=tmp_path / "a", max_train_pairs=1))
     with pytest.raises(arc.InputError, match=r"none\.jsonl: no such file"):
         main(Config(dataset=str(tmp_path / "none.jsonl"), out=tmp_path / "b"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(arc.InputError, match=r"found no \.jsonl or \.parquet file"):
+    with pytest.raises(InputError, match=r"found no \.jsonl or \.parquet file"):
         main(Config(dataset=str(tmp_path / "empty"), out=tmp_path / "c"))
     with pytest.raises(arc.InputError, match="hub data set nobody/nothing: "):  # the suite is offline
         main(Config(dataset="nobody/nothing", out=tmp_path / "d"))

@@ -42,13 +42,31 @@ ORDER = {
         ],
         "evaluation": ["metrics", "codes", "survey", "report"],
     },
+    "qwen_lab": {
+        "": [
+            "errors", "stopping", "files", "provenance", "cli", "prompts", "completions", "corpus", "places", "loading",
+            "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings", "sweeps", "runs", "jobs",
+            "answering", "predictions", "solve_report",
+        ],
+    },
 }  # fmt: skip
-FORBIDDEN = {"qwen_eqx": {"arc", "sae"}, "arc": {"qwen_eqx", "sae", "jax", "equinox"}, "sae": {"qwen_eqx", "arc"}}
+COMMANDS = sorted((ROOT / "experiments").glob("*.py"))
+FORBIDDEN = {
+    "qwen_eqx": {"arc", "sae", "qwen_lab"},
+    "arc": {"qwen_eqx", "sae", "qwen_lab", "jax", "equinox"},
+    "sae": {"qwen_eqx", "arc", "qwen_lab"},
+    "qwen_lab": {path.stem for path in COMMANDS},
+}
 NEVER = {"torch", "transformers", "pickle"}
 
 
+def home(package: str) -> Path:
+    """The folder that a package lies in."""
+    return ROOT / "experiments" if package == "qwen_lab" else ROOT
+
+
 def is_module(name: str) -> bool:
-    place = ROOT / name.replace(".", "/")
+    place = home(name.partition(".")[0]) / name.replace(".", "/")
     return place.with_suffix(".py").exists() or place.is_dir()
 
 
@@ -68,19 +86,19 @@ def imported_modules(path: Path) -> set[str]:
 
 def rooms(package: str) -> list[str]:
     """Every file of a package as its dotted name, in the order in which they may be imported."""
-    found = []
+    names = []
     for folder, files in ORDER[package].items():
-        found += [f"{folder}.{name}".lstrip(".") for name in files] + ([folder] if folder else [])
-    return [*found, package]
+        names += [f"{folder}.{name}".lstrip(".") for name in files] + ([folder] if folder else [])
+    return [*names, package]
 
 
 def room(package: str, path: Path) -> str:
-    inside = path.relative_to(ROOT / package).with_suffix("").parts
+    inside = path.relative_to(home(package) / package).with_suffix("").parts
     name = ".".join(part for part in inside if part != "__init__")
     return name or package
 
 
-FILES = [(package, path) for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [(package, path) for package in ORDER for path in sorted((home(package) / package).rglob("*.py"))]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +116,15 @@ def test_arrows_point_one_way(package: str, path: Path):
 
 @pytest.mark.parametrize("package", ORDER)
 def test_no_room_is_named_that_does_not_exist(package: str):
-    there = {room(package, path) for path in (ROOT / package).rglob("*.py")}
+    there = {room(package, path) for path in (home(package) / package).rglob("*.py")}
     assert set(rooms(package)) == there
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_no_command_imports_another(path: Path):
+    """What two of them need lives in qwen_lab."""
+    roots = {name.partition(".")[0] for name in imported_modules(path)}
+    assert not roots & {command.stem for command in COMMANDS}
 
 
 def test_arc_loads_without_jax():

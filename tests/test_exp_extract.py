@@ -12,6 +12,7 @@ import qwen_eqx
 import running
 import sae
 import tolerances
+from qwen_lab import errors, places
 
 FLAGS = ("--limit", "2", "--max-new-tokens", "4", "--layers", "1,3", "--dtype", "float32", "--items-per-shard", "1")
 
@@ -34,7 +35,7 @@ def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
     assert store.sites == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
     items = [item for shard in store.shards for item in shard.items]
     model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
-    wanted = list(extract.make_items(extract.Config(limit=2, max_new_tokens=4), model.config, tokenizer))
+    wanted = extract.make_items(extract.Config(limit=2, max_new_tokens=4), model.config, tokenizer)
     assert [(item["task"], item["test"]) for item in items] == [(item.task.id, item.test) for item in wanted]
     at = 0
     for number, item in enumerate(wanted):
@@ -100,7 +101,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_flags_are_one_line_and_nothing_is_written(name: str, tmp_path: Path):
-    with pytest.raises((qwen_eqx.InputError, extract.arc.InputError, sae.InputError)) as caught:
+    with pytest.raises(errors.INPUT_ERRORS) as caught:
         extract.main(extract.Config(**({"limit": 1} | BAD[name] | {"out": tmp_path / "store"})))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "store").exists()
@@ -109,7 +110,7 @@ def test_bad_flags_are_one_line_and_nothing_is_written(name: str, tmp_path: Path
 def test_out_is_a_file(tmp_path: Path):
     path = tmp_path / "file"
     path.write_text("mine")
-    with pytest.raises((qwen_eqx.InputError, sae.InputError)):
+    with pytest.raises(errors.INPUT_ERRORS):
         extract.main(extract.Config(limit=1, out=path))
     assert path.read_text() == "mine"
 
@@ -139,16 +140,16 @@ LAYERS = {
 
 @pytest.mark.parametrize("text", LAYERS)
 def test_layers_are_read(text: str):
-    assert extract.parse_layers(text, 4) == LAYERS[text]
+    assert places.parse_layers(text, 4) == LAYERS[text]
 
 
 @pytest.mark.parametrize("text", ["", "4", "0:5", "3:1", "-1", "1:2:3", "a", "0,,1", "0,4"])
 def test_layers_that_do_not_exist(text: str):
-    with pytest.raises(qwen_eqx.InputError, match="--layers") as caught:
-        extract.parse_layers(text, 4)
+    with pytest.raises(errors.InputError, match="--layers") as caught:
+        places.parse_layers(text, 4)
     assert "\n" not in str(caught.value)
 
 
 def test_late_is_the_last_three_fifths():
-    assert extract.parse_layers("late", 24) == list(range(10, 24))
-    assert extract.parse_layers("late", 1) == [0]
+    assert places.parse_layers("late", 24) == list(range(10, 24))
+    assert places.parse_layers("late", 1) == [0]

@@ -28,7 +28,7 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import cli, pages, places, runs, sources, splicing
+from qwen_lab import corpus, errors, places, runs, sources, splicing, stopping
 from running import ROOT, run, run_experiment, short_tasks, small
 from sae.evaluation import metrics
 
@@ -62,14 +62,14 @@ def test_the_same_command_again_changes_nothing_and_another_config_is_refused(tr
     before = (trained / WEIGHTS).read_bytes()
     assert "going on from step 8 of 8" in run(train_sae, small(trained))
     assert (trained / WEIGHTS).read_bytes() == before
-    with pytest.raises(sae.InputError, match=r"lr was 0\.002 and is 0\.5"):
+    with pytest.raises(errors.InputError, match=r"lr was 0\.002 and is 0\.5"):
         run(train_sae, small(trained, lr=0.5))
 
 
 def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(cli.Stopped):
+        with pytest.raises(stopping.Stopped):
             run(train_sae, small(tmp_path))
     assert not (tmp_path / "sae").exists()
     assert runs.checkpoint.steps(tmp_path / "checkpoints") == [2]
@@ -98,7 +98,7 @@ def test_the_command_line_stops_with_75_and_refuses_with_2(tmp_path: Path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path):
-    with pytest.raises(SystemExit, match=r"step \d+: the loss is not finite"):
+    with pytest.raises(errors.RunError, match=r"step \d+: the loss is not finite"):
         run(train_sae, small(tmp_path, lr=1e30, steps=400))
     for step in runs.checkpoint.steps(tmp_path / "checkpoints"):
         arrays = safetensors.numpy.load_file(tmp_path / "checkpoints" / f"{step:08d}" / "state.safetensors")
@@ -202,8 +202,8 @@ BAD = [
 
 @pytest.mark.parametrize(("fields", "word"), BAD, ids=[str(word) for _, word in BAD])
 def test_bad_input_is_refused_by_name(fields, word, tmp_path: Path):
-    with pytest.raises((sae.InputError, arc.InputError, qwen_eqx.InputError), match=word) as caught:
-        train_sae.main(runs.Config(**({"limit": 6, "held_out": 2} | fields), out=tmp_path))
+    with pytest.raises(errors.INPUT_ERRORS, match=word) as caught:
+        train_sae.main(runs.RunConfig(**({"limit": 6, "held_out": 2} | fields), out=tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -218,7 +218,7 @@ grids = st.tuples(st.integers(1, 12), st.integers(1, 5)).flatmap(
 def test_every_cell_is_found_in_every_encoding(grid, name: str):
     """Changing one cell changes text only from that cell's characters on, and all cells have their own."""
     encoder = arc.ENCODERS[name]
-    text, spans = encoder.encode(grid), pages.cell_spans(encoder, grid)
+    text, spans = encoder.encode(grid), corpus.cell_spans(encoder, grid)
     flat = [span for row in spans for span in row]
     assert [len(row) for row in spans] == [grid.shape[1]] * grid.shape[0]
     assert all(a < b for a, b in flat)
@@ -233,13 +233,13 @@ def test_every_cell_is_found_in_every_encoding(grid, name: str):
         assert changed[len(changed) - (len(text) - end) :] == text[end:]
 
 
-@pytest.mark.parametrize("form", sorted(arc.PROMPTS))
-def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they_are_said_to(form: str):
+@pytest.mark.parametrize("name", sorted(arc.PROMPTS))
+def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they_are_said_to(name: str):
     _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
     tasks = list(arc.load_tasks("arc-agi-1/training"))[:3]
-    for document in pages.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", form=form):
+    for document in corpus.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", format=name):
         task = next(task for task in tasks if task.id == document.task)
-        answer = arc.prompt.answer(task.test[document.test].output, form=form)  # pyright: ignore[reportArgumentType]
+        answer = arc.prompt.answer(task.test[document.test].output, format=name)  # pyright: ignore[reportArgumentType]
         assert document.text.endswith(answer)
         assert tokenizer.encode(document.text) == document.tokens
         for grid in document.grids:
@@ -263,7 +263,7 @@ def test_what_splicing_costs_agrees_with_the_library():
         return model.run_with_capture(jnp.asarray(tokens), [], edits=[qwen_eqx.Replace(edit, site=site)])[0][:-1]
 
     expected = metrics.recovered(logits, module, jnp.asarray(tokens[1:]))
-    found = splicing.recovered(model, module, [tokens], places.Place(site, site))
+    found = splicing.recovered(model, places.Dictionary("sae", module, places.Place((site,), (site,))), [tokens])
     assert found.pop("identity") == 0.0
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, err_msg=name, **tolerances.SAME_F32)
@@ -272,7 +272,7 @@ def test_what_splicing_costs_agrees_with_the_library():
 def test_clamping_holds_one_latent():
     module = sae.ReLU.init(d_model=8, d_sae=16, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (5, 8))
-    held = splicing.Clamped(module, jnp.int32(3), jnp.float32(7.0))(x)
+    held = sae.Clamped(module, jnp.int32(3), jnp.float32(7.0))(x)
     z = module.encode(x).at[:, 3].set(7.0)
     np.testing.assert_allclose(held, module.decode(z), **tolerances.SAME_F32)
 

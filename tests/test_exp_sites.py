@@ -18,8 +18,10 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import cli, places, runs, splicing
-from qwen_lab.places import Place
+from qwen_eqx.model.sites import KINDS
+from qwen_lab import loading, runs, splicing, stopping
+from qwen_lab.errors import InputError
+from qwen_lab.places import Dictionary, Place
 from running import run, short_tasks, small
 from sae.evaluation import metrics
 
@@ -72,7 +74,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(what: str, reques
         (whole, _), fields = whole, SWEEP
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(cli.Stopped):
+        with pytest.raises(stopping.Stopped):
             run(train_sae, small(tmp_path, **fields))
     assert "going on from step 2 of 8" in run(train_sae, small(tmp_path, **fields))
     saved = sorted(path.relative_to(whole) for path in whole.glob("**/*.safetensors"))
@@ -96,7 +98,7 @@ def test_live_equals_replay(tmp_path: Path):
     for path in weights:
         other = tmp_path / "replay" / path.relative_to(tmp_path / "live")
         assert path.read_bytes() == other.read_bytes()
-    with pytest.raises(sae.InputError, match="expected one that the store holds: "):
+    with pytest.raises(InputError, match="expected one that the store holds: "):
         run(train_sae, small(tmp_path / "no", source="store", store=store, layer=3, **shared))
 
 
@@ -118,16 +120,16 @@ def test_a_transcoder_is_saved_as_one_and_evaluated_where_it_writes(transcoder: 
 def test_what_splicing_a_transcoder_costs_agrees_with_the_library():
     model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
     module = sae.TopK.init(d_model=64, d_out=64, d_sae=128, k=8, key=jax.random.key(0))
-    place, tokens = Place(*TRANSCODER.values()), list(range(30, 71))
-    x = splicing.captured(model, tokens, [place.reads])[place.reads]
+    (reads, writes), tokens = TRANSCODER.values(), list(range(30, 71))
+    x = qwen_eqx.captured(model, tokens, [reads])[reads]
     edits = {
         "clean": (),
-        "spliced": (qwen_eqx.Patch(module(x), jnp.arange(41), site=place.writes),),
-        "zero": (qwen_eqx.Ablate(site=place.writes),),
+        "spliced": (qwen_eqx.Patch(module(x), jnp.arange(41), site=writes),),
+        "zero": (qwen_eqx.Ablate(site=writes),),
     }
     tables = [model.run_with_capture(jnp.asarray(tokens), [], edits=edit)[0][:-1] for edit in edits.values()]
     expected = metrics.recovered(lambda _: tables.pop(0), module, jnp.asarray(tokens[1:]))
-    found = splicing.recovered(model, module, [tokens], place)
+    found = splicing.recovered(model, Dictionary("sae", module, Place((reads,), (writes,))), [tokens])
     assert found.pop("identity") == 0.0
     for name in ("ce", "ce_sae", "ce_zero", "kl_sae", "kl_zero"):
         np.testing.assert_allclose(found[name], expected[name], err_msg=name, **tolerances.SAME_F32)
@@ -140,8 +142,8 @@ def test_a_perfect_transcoder_costs_nothing():
     model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
     both = jnp.concatenate([jnp.eye(64), -jnp.eye(64)])
     module = sae.ReLU(both, jnp.zeros(128), both, jnp.zeros(64), apply_b_dec_to_input=False)
-    place = Place("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre")
-    found = splicing.recovered(model, module, [list(range(30, 71))], place)
+    place = Place(("blocks.1.hook_resid_post",), ("blocks.2.hook_resid_pre",))
+    found = splicing.recovered(model, Dictionary("sae", module, place), [list(range(30, 71))])
     assert found["ce_recovered"] == pytest.approx(1)
     assert found["kl_sae"] == pytest.approx(0, abs=1e-6)
 
@@ -151,33 +153,34 @@ def test_steering_adds_where_a_transcoder_writes_and_refuses_to_clamp(transcoder
     run(steer, steer.Config(**shared, out=tmp_path))
     found = json.loads((tmp_path / "steer.json").read_text())
     assert (found["site"], found["changed"]) == (TRANSCODER["target_site"], 1.0)
-    with pytest.raises(sae.InputError, match="--mode: found clamp for a transcoder"):
+    with pytest.raises(InputError, match="--mode: found clamp for a dictionary of"):
         run(steer, steer.Config(**shared, mode="clamp", out=tmp_path))
 
 
 def test_the_order_of_sites_is_the_models():
     """A later site never changes an earlier one, which is what splicing a transcoder rests on."""
     model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
-    names = [f"blocks.{layer}.{suffix}" for layer in (1, 2) for suffix in places.SUFFIXES]
+    names = [f"blocks.{layer}.{suffix}" for layer in (1, 2) for suffix, _ in KINDS.values()]
     tokens = jnp.arange(30, 46)
     clean = model.run_with_capture(tokens, names)[1]
     for number, name in enumerate(names):
         edited = model.run_with_capture(tokens, names, edits=[qwen_eqx.Ablate(site=name)])[1]
         for other in names[:number]:
             np.testing.assert_array_equal(edited[other], clean[other])
-    assert {suffix for suffix, _ in qwen_eqx.model.sites.KINDS.values()} == set(places.SUFFIXES)
+    depths = [qwen_eqx.Site.parse(name, model.config).depth for name in names]
+    assert depths == sorted(set(depths))
 
 
 def test_foreign_saes_are_placed_by_flags():
     config = qwen_eqx.from_pretrained("tiny-arc")[0].config
     module = sae.TopK.init(d_model=64, d_out=144, d_sae=32, k=2, key=jax.random.key(0))
-    flags = splicing.OnModel(site="blocks.1.hook_resid_mid", target_site="blocks.1.mlp.hook_post")
-    assert flags.place(config, module, {}).writes == "blocks.1.mlp.hook_post"
+    flags = loading.OnModel(site="blocks.1.hook_resid_mid", target_site="blocks.1.mlp.hook_post")
+    assert flags.place(config, module, {}).writes == ("blocks.1.mlp.hook_post",)
     said = {"hook_name": "blocks.0.hook_resid_mid", "hook_name_out": "blocks.2.mlp.hook_post"}
-    assert splicing.OnModel(layer=1).place(config, module, said) == Place(
-        "blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"
+    assert loading.OnModel(layer=1).place(config, module, said) == Place(
+        ("blocks.1.hook_resid_post",), ("blocks.2.mlp.hook_post",)
     )
-    with pytest.raises(sae.InputError, match=r"found an SAE from 64 to 144, expected 64 to 64"):
-        splicing.OnModel(layer=1).place(config, module, {})
-    with pytest.raises(sae.InputError, match="the SAE names none"):
-        splicing.OnModel().place(config, module, {})
+    with pytest.raises(InputError, match=r"found an SAE from 64 to 144, expected 64 at blocks.1.hook_resid_post"):
+        loading.OnModel(layer=1).place(config, module, {})
+    with pytest.raises(InputError, match="the SAE names none"):
+        loading.OnModel().place(config, module, {})

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import arc
 import extract
-import qwen_eqx
 import running
 import sae
-from qwen_lab import cli, predictions
+from qwen_lab import predictions
+from qwen_lab.errors import INPUT_ERRORS, InputError
+from qwen_lab.stopping import Stopped
 from solve_arc import Config, main
 from solving import lines_of, made_task, run, small, write_tasks
 
@@ -56,7 +56,7 @@ def test_damage_to_the_files_is_repaired_or_said(source, tmp_path):
     assert run(source, out, capture=True) == whole  # from the first task with items in that shard on
     lines = whole["predictions.jsonl"].splitlines(keepends=True)
     path.write_bytes(b"".join(lines[3:]))
-    with pytest.raises(arc.InputError, match="line 1: found task 'b', expected line 0 of task a"):
+    with pytest.raises(InputError, match="line 1: found task 'b', expected line 0 of task a"):
         run(source, out, capture=True)
 
 
@@ -110,7 +110,7 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "said"), BAD, ids=lambda value: value if isinstance(value, str) else None)
 def test_wrong_input_is_one_line(source, tmp_path, flags, said):
-    with pytest.raises((arc.InputError, qwen_eqx.InputError, sae.InputError), match=said) as caught:
+    with pytest.raises(INPUT_ERRORS, match=said) as caught:
         main(Config(**({"tasks": source, "out": tmp_path / "out", "predictions_per_task": 3} | flags)))
     assert "\n" not in str(caught.value)
 
@@ -118,19 +118,19 @@ def test_wrong_input_is_one_line(source, tmp_path, flags, said):
 def test_another_run_is_refused_with_the_differences(source, tmp_path):
     out = tmp_path / "out"
     run(source, out)
-    with pytest.raises(arc.InputError, match="max_new_tokens=6 there, 7 here; seed=0 there, 3 here") as caught:
+    with pytest.raises(InputError, match="max_new_tokens=6 there, 7 here; seed=0 there, 3 here") as caught:
         run(source, out, seed=3, max_new_tokens=7)
     assert "\n" not in str(caught.value)
     (Path(source) / "c.json").write_text(json.dumps(made_task("z").to_dict()))
-    with pytest.raises(arc.InputError, match="tasks_digest="):
+    with pytest.raises(InputError, match="tasks_digest="):
         run(source, out)
     (out / "resume.json").unlink()
-    with pytest.raises(arc.InputError, match=r"predictions\.jsonl without resume\.json"):
+    with pytest.raises(InputError, match=r"predictions\.jsonl without resume\.json"):
         run(source, out)
 
 
 def test_a_signal_is_never_taken_for_wrong_input():
-    assert not issubclass(cli.Stopped, Exception)  # the tokenizer turns every Exception of its backend into InputError
+    assert not issubclass(Stopped, Exception)  # the tokenizer turns every Exception of its backend into InputError
 
 
 def test_the_command_exits_as_promised(source, tmp_path):

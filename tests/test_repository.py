@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from test_architecture import ORDER
+from test_architecture import ORDER, home
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -206,13 +206,13 @@ def test_the_wheel_is_whole(tmp_path: Path):
         (metadata,) = (name for name in opened.namelist() if name.endswith("METADATA"))
         facts = opened.read(metadata).decode()
     expected = {
-        path.relative_to(where).as_posix()
-        for where, package in [*((ROOT, name) for name in ORDER), (ROOT / "experiments", "qwen_lab")]
-        for path in (where / package).rglob("*")
+        path.relative_to(home(package)).as_posix()
+        for package in ORDER
+        for path in (home(package) / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == expected
-    assert {f"{package}/py.typed" for package in (*ORDER, "qwen_lab")} <= held
+    assert {f"{package}/py.typed" for package in ORDER} <= held
     assert "qwen_eqx/pretrained/tiny-arc/model.safetensors" in held
     assert "License-Expression: MIT" in facts
     assert "Requires-Python: >=3.11" in facts

@@ -14,8 +14,8 @@ import qwen_eqx
 import sae
 from arc.ask import Request
 from arc.encode import FENCE, Encoder
+from arc.prompt import TooLong
 from qwen_eqx.text.ids import bucket
-from qwen_lab import rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,12 @@ def views(task: arc.Task, count: int, seed: int, again: bool, **kinds: bool) -> 
     for different in range(count, 0, -1):
         rng = np.random.default_rng([seed, zlib.crc32(task.id.encode())])
         try:
-            found = arc.augment.sample_many(rng, different, **options)
+            drawn = arc.augment.sample_many(rng, different, **options)
         except arc.InputError:  # there are not so many
             if not again:
                 raise
         else:
-            return [(found[index % different], index // different) for index in range(count)]
+            return [(drawn[index % different], index // different) for index in range(count)]
     return []
 
 
@@ -78,17 +78,17 @@ def questions(
     task: arc.Task, asked: Sequence[tuple[arc.Augmentation, int]], asking: arc.Asking, tokenizer: qwen_eqx.Tokenizer
 ) -> list[Question]:
     """Every test input under every augmentation."""
-    found = []
+    put = []
     for view, repeat in asked:
         try:
             requests: Sequence[Request | None] = list(arc.ask.requests(task, [view], asking))
             why = ""
-        except arc.InputError as error:  # too long even with one training pair
+        except TooLong as error:
             requests, why = [None] * len(task.test), str(error)
         for test, request in enumerate(requests):
             tokens = [] if request is None else tokenizer.encode(request.prompt.text)
-            found.append(Question(task, test, view, repeat, request, tokens, why))
-    return found
+            put.append(Question(task, test, view, repeat, request, tokens, why))
+    return put
 
 
 def complete(
@@ -128,29 +128,29 @@ def complete(
         done = next(finished)
         kept = None
         if done.activations is not None:
-            kept = rows.of_sequence(question.tokens, done.tokens, number, done.activations, done.prompt_activations)
+            kept = sae.Rows.of_sequence(question.tokens, done.tokens, number, done.activations, done.prompt_activations)
         yield [Answer(done.tokens, float(done.log_probs.sum()), kept)]
 
 
 def _search(
     model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, question: Question, encoder: Encoder, how: How
 ) -> list[Answer]:
-    found = qwen_eqx.threshold_search(
+    likely = qwen_eqx.threshold_search(
         model,
         question.tokens,
         p=how.threshold,
         max_new_tokens=how.max_new_tokens,
         stop_tokens=(*tokenizer.eos_ids, *closing_tokens(tokenizer, encoder)),
     )
-    return [Answer(tokens, float(log_prob)) for tokens, log_prob in zip(found.tokens, found.log_probs, strict=True)]
+    return [Answer(tokens, float(log_prob)) for tokens, log_prob in zip(likely.tokens, likely.log_probs, strict=True)]
 
 
 def scorer(model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer) -> arc.vote.Score:
     """`score(prompt, completions)` as `arc.vote.rescore` wants it: sums of log-probabilities of the completions' tokens."""
 
     def score(prompt: str, completions: list[str]) -> list[float]:
-        found = qwen_eqx.score(model, tokenizer.encode(prompt), [tokenizer.encode(text) for text in completions])
-        return [float(log_probs.sum()) for log_probs in found]
+        each = qwen_eqx.score(model, tokenizer.encode(prompt), [tokenizer.encode(text) for text in completions])
+        return [float(log_probs.sum()) for log_probs in each]
 
     return score
 
@@ -163,7 +163,7 @@ def closing_sequences(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> tuple[
     """
     if not encoder.opening:
         return ()
-    found: dict[tuple[int, ...], None] = {}
+    closing: dict[tuple[int, ...], None] = {}
     for colour in range(10):
         written = encoder.encode(np.full((2, 2), colour, np.uint8))
         for tail in ("", "\n", "\n\n"):
@@ -171,16 +171,16 @@ def closing_sequences(tokenizer: qwen_eqx.Tokenizer, encoder: Encoder) -> tuple[
             while len(ids) > 1 and tokenizer.decode(ids[:-1]).endswith("\n" + FENCE):
                 ids = ids[:-1]  # what follows the fence is not waited for
             start = next(at for at in reversed(range(len(ids))) if "\n" + FENCE in tokenizer.decode(ids[at:]))
-            found[tuple(ids[start:])] = None
+            closing[tuple(ids[start:])] = None
     line_end = tuple(tokenizer.encode("\n"))
-    for ids in list(found):
+    for ids in list(closing):
         before = next(at for at in reversed(range(len(ids))) if tokenizer.decode(ids[at:]).startswith(FENCE))
         for head in (ids[:before], line_end):
             for pieces in ((FENCE,), ("``", "`"), ("`", "``"), ("`", "`", "`")):
                 split = [tokenizer.encode(piece) for piece in pieces]
                 if all(len(piece) == 1 for piece in split):
-                    found[(*head, *(piece[0] for piece in split))] = None
-    return tuple(found)
+                    closing[(*head, *(piece[0] for piece in split))] = None
+    return tuple(closing)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def metrics_table(results: Mapping[str, Mapping[str, Any]], title: str = "on hel
 
 def written(row: Mapping[str, Any]) -> dict[str, str]:
     """The metrics of a row as a table shows them, by column."""
-    return {label: format(row[name], form) for name, (label, form) in COLUMNS.items() if name in row}
+    return {label: format(row[name], spec) for name, (label, spec) in COLUMNS.items() if name in row}
 
 
 def loss_curves(path: Path, history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

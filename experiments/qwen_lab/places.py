@@ -1,65 +1,152 @@
-"""Where in a model a dictionary works: the site it reads and the one it writes, from flags or from what an SAE says."""
+"""Where in a model a dictionary works: blocks and sites by flag, the site it reads and the one it writes."""
 
 import dataclasses
-import re
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-import extract
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 import qwen_eqx
 import sae
+from qwen_lab.errors import InputError
 
-# of one block, in the order in which they are computed
-SUFFIXES = (
-    "hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_resid_mid",
-    "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
-)  # fmt: skip
+JOINED = "+"  # between the sites of a dictionary that reads several
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A transcoder reads one site and writes another, an autoencoder writes what it reads."""
+    """An autoencoder writes the sites it reads, a transcoder reads one and writes another."""
 
-    reads: str
-    writes: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        before, after = _depth(self.reads), _depth(self.writes)
-        if before and after and after < before:
-            raise sae.InputError(
-                f"--target-site: found {self.writes}, which the model computes before {self.reads}, expected a later site"
+        for sites in (self.reads, self.writes):
+            if len(set(sites)) != len(sites):
+                raise InputError(f"--site: found {JOINED.join(sites)}, expected each site once")
+        before, after = map(qwen_eqx.Site.spelled, (self.reads[0], self.writes[0]))
+        if before and after and after < before and self.transcodes:
+            raise InputError(
+                f"--target-site: found {self.writes[0]}, which the model computes before {self.reads[0]}, expected a later "
+                "site"
             )
 
     @property
     def transcodes(self) -> bool:
         return self.reads != self.writes
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that is read or written, once."""
+        return tuple(dict.fromkeys((*self.reads, *self.writes)))
+
+    @property
+    def written(self) -> str:
+        """The sites that it writes, as a flag spells them."""
+        return JOINED.join(self.writes)
+
     def __str__(self) -> str:
-        return f"{self.reads}-to-{self.writes}" if self.transcodes else self.reads
+        read = JOINED.join(self.reads)
+        return f"{read}-to-{self.written}" if self.transcodes else read
 
     @property
     def metadata(self) -> dict[str, str]:
         """In SAELens' words."""
-        return {"hook_name": self.reads} | ({"hook_name_out": self.writes} if self.transcodes else {})
+        out = {"hook_name_out": self.written} if self.transcodes else {}
+        return {"hook_name": JOINED.join(self.reads)} | out
+
+
+@dataclasses.dataclass(frozen=True)
+class Dictionary:
+    """A dictionary where it works; `metadata` is what a saved one says of its training."""
+
+    name: str
+    module: sae.AbstractDictionary
+    place: Place
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def read(self, acts: Mapping[str, Float[Array, "rows d_model"]]) -> Float[Array, "rows ..."]:
+        """The rows that it reads, of what stands at each site."""
+        return _rows(acts, self.place.reads, self.module.several_sites)
+
+    def target(self, acts: Mapping[str, Float[Array, "rows d_model"]]) -> Float[Array, "rows ..."]:
+        """The rows that it is to write."""
+        return _rows(acts, self.place.writes, self.module.several_sites)
+
+    def by_site(self, rows: Float[Array, "rows ..."]) -> dict[str, Float[Array, "rows d_model"]]:
+        """What it wrote (or its decoder's rows), site by site."""
+        each = [rows[:, at] for at in range(rows.shape[1])] if self.module.several_sites else [rows]
+        return dict(zip(self.place.writes, each, strict=True))
+
+
+def _rows(acts: Mapping[str, Array], sites: Sequence[str], several: bool) -> Array:
+    return jnp.stack([acts[site] for site in sites], axis=1) if several else acts[sites[0]]
+
+
+@runtime_checkable
+class Flags(Protocol):
+    """The flags that name a place: a block or a site (a site, IN:OUT, or A+B for several side by side), and a target."""
+
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def site(self) -> str | None: ...
+    @property
+    def target_site(self) -> str | None: ...
+
+
+def parse_layers(text: str, layers: int) -> list[int]:
+    """`late`, `all`, `10:24` or `3,5,7`, as block numbers of a model with `layers` blocks."""
+    if text in ("late", "all"):
+        return list(range(min(math.ceil(0.4 * layers), layers - 1) if text == "late" else 0, layers))
+    try:
+        if ":" in text:
+            low, high = (
+                int(part) if part else default for part, default in zip(text.split(":"), (0, layers), strict=True)
+            )
+            chosen = list(range(low, high))
+        else:
+            chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        chosen = []
+    if not chosen or not all(0 <= layer < layers for layer in chosen):
+        raise InputError(
+            f"--layers: found {text!r}, expected late, all, a range such as 1:{layers} or a list such as 0,{layers - 1}; "
+            f"the model has blocks 0 to {layers - 1}"
+        )
+    return chosen
 
 
 def from_flags(
-    known: Callable[[str], str], default: str | None, layer: int | None, site: str | None, target: str | None
+    known: Callable[[str], str],
+    default: str | None,
+    flags: Flags,
+    form: type[sae.AbstractDictionary],
 ) -> Place:
-    """The place that --layer or --site (a site, or IN:OUT) and --target-site name; `known` spells a site or refuses it."""
+    """The place that these flags name, or the default; `known` spells a site or refuses it."""
+    layer, site, target = flags.layer, flags.site, flags.target_site
     if layer is not None and site is not None:
-        raise sae.InputError(f"--layer, --site: found both ({layer}, {site}), expected one of them")
+        raise InputError(f"--layer, --site: found both ({layer}, {site}), expected one of them")
     name = site or (default if layer is None else f"blocks.{layer}.hook_resid_post")
     if name is None:
-        raise sae.InputError("--site: found none and the SAE names none, expected --layer or --site")
+        raise InputError("--site: found none and the SAE names none, expected --layer or --site")
     reads, _, writes = name.partition(":")
     if writes and target is not None:
-        raise sae.InputError(f"--site, --target-site: found two targets ({writes}, {target}), expected one")
+        raise InputError(f"--site, --target-site: found two targets ({writes}, {target}), expected one")
     writes = writes or target
-    place = Place(known(reads), known(writes or reads))
+    read, written = (tuple(known(each) for each in sites.split(JOINED)) for sites in (reads, writes or reads))
+    place = Place(read, written)
     if writes and not place.transcodes:
-        raise sae.InputError(
+        raise InputError(
             f"--target-site: found {writes}, the site that is read, expected another; an autoencoder needs none"
         )
+    if form.several_sites and place.transcodes:
+        raise InputError(f"--target-site: found {writes}, expected none: a {form.name} writes the sites it reads")
+    if not form.several_sites and len(place.sites) > 1 + place.transcodes:
+        able = ", ".join(name for name, other in sae.FORMS.items() if other.several_sites)
+        raise InputError(f"--site: found {reads}, expected one site for a {form.name}; several are read by: {able}")
     return place
 
 
@@ -73,18 +160,13 @@ def in_store(store: sae.ActivationStore) -> Callable[[str], str]:
 
     def known(name: str) -> str:
         if name not in store.sites:
-            raise sae.InputError(f"--site: found {name!r}, expected one that the store holds: {', '.join(store.sites)}")
+            raise InputError(f"--site: found {name!r}, expected one that the store holds: {', '.join(store.sites)}")
         return name
 
     return known
 
 
-def first_late(config: qwen_eqx.QwenConfig) -> str:
-    """The residual stream after the first of the late blocks."""
-    return str(qwen_eqx.Site(extract.parse_layers("late", config.layers)[0], "resid_post"))
-
-
-def _depth(site: str) -> tuple[int, int] | None:
-    """When the model computes a site; None for a name that is not TransformerLens'."""
-    match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", site)
-    return (int(match[1]), SUFFIXES.index(match[2])) if match and match[2] in SUFFIXES else None
+def default_sites(config: qwen_eqx.QwenConfig, form: type[sae.AbstractDictionary]) -> str:
+    """The residual stream after the first of the late blocks; after all of them for a form that reads several sites."""
+    late = [str(qwen_eqx.Site(layer, "resid_post")) for layer in parse_layers("late", config.layers)]
+    return JOINED.join(late) if form.several_sites else late[0]

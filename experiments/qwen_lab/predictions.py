@@ -10,28 +10,29 @@ from typing import Any
 import numpy as np
 
 import arc
-from arc.task import same
-from qwen_lab import cli
+import qwen_eqx
+from qwen_lab import completions, files
 from qwen_lab.answering import Answer, Question
+from qwen_lab.errors import InputError
 
 Line = dict[str, Any]
 RESCORED = "rescore"
 
 
-def line(question: Question, answer: Answer | None, text: str | None) -> tuple[Line, arc.Sample | None]:
+def line(question: Question, answer: Answer | None, tokenizer: qwen_eqx.Tokenizer) -> tuple[Line, arc.Sample | None]:
     """What is kept of one completion, and how it reads; of a question without one, why there is none."""
     fields: Line = {"task": question.task.id, "test": question.test, "augmentation": str(question.view)}
     fields |= {"repeat": question.repeat, "prompt_tokens": len(question.tokens)}
-    if question.request is None or answer is None or text is None:
+    if question.request is None or answer is None:
         why = "prompt too long" if question.too_long else "none so probable"
         return fields | {"text": None, "outcome": why, "detail": question.too_long}, None
-    sample = arc.ask.read(question.request, arc.Completion(text, answer.log_prob))
+    sample = completions.as_sample(question.request, answer.tokens, answer.log_prob, tokenizer)
     fields |= {
         "dropped_pairs": list(question.request.prompt.dropped),
         "tokens": len(answer.tokens),
         "log_prob": answer.log_prob,
-        "text": text,
-        "outcome": outcome(sample, question.task),
+        "text": sample.completion.text,
+        "outcome": completions.outcome(sample, question.task),
         "detail": sample.parsed.detail,
         "notes": list(sample.parsed.notes),
         "grid": None if sample.grid is None else sample.grid.tolist(),
@@ -39,25 +40,17 @@ def line(question: Question, answer: Answer | None, text: str | None) -> tuple[L
     return fields, sample
 
 
-def outcome(sample: arc.Sample, task: arc.Task) -> str:
-    """Why it did not parse, else `correct`, `wrong`, or `parsed` where the true answer is not known."""
-    if sample.grid is None:
-        return str(sample.parsed.reason)
-    truth = task.test[sample.test].output
-    return "parsed" if truth is None else "correct" if same(sample.grid, truth) else "wrong"
-
-
 def samples_of(lines: Sequence[Line], encoder: str, begun: str) -> list[arc.Sample]:
     """The completions of lines read back, parsed anew."""
-    found = []
+    samples = []
     for fields in lines:
         if fields["text"] is not None:
             view = arc.Augmentation.parse(fields["augmentation"])
             parsed = arc.parse.parse(fields["text"], encoder, begun)
             grid = None if parsed.grid is None else view.invert(parsed.grid)
             completion = arc.Completion(fields["text"], fields["log_prob"])
-            found.append(arc.Sample(fields["task"], fields["test"], view, completion, parsed, grid))
-    return found
+            samples.append(arc.Sample(fields["task"], fields["test"], view, completion, parsed, grid))
+    return samples
 
 
 def rank(samples: Sequence[arc.Sample], lines: Sequence[Line], select: str) -> list[arc.vote.Candidate]:
@@ -106,22 +99,20 @@ def same_run(directory: Path, wanted: dict[str, Any]) -> None:
     path = directory / "resume.json"
     if not path.exists():
         if (directory / "predictions.jsonl").exists():
-            raise arc.InputError(
-                f"--out {directory}: found predictions.jsonl without resume.json, expected both or none"
-            )
-        cli.write_text(path, json.dumps(wanted, indent=2) + "\n")
+            raise InputError(f"--out {directory}: found predictions.jsonl without resume.json, expected both or none")
+        files.write_json(path, wanted)
         return
     try:
         there = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise arc.InputError(f"{path}: found no JSON object, expected what an earlier run wrote") from None
+        raise InputError(f"{path}: found no JSON object, expected what an earlier run wrote") from None
     differences = [
         f"{name}={there.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted(there.keys() | wanted.keys())
         if there.get(name) != wanted.get(name)
     ]
     if differences:
-        raise arc.InputError(f"--out {directory}: found another run, expected the same: {'; '.join(differences)}")
+        raise InputError(f"--out {directory}: found another run, expected the same: {'; '.join(differences)}")
 
 
 class File:
@@ -155,17 +146,15 @@ class File:
     def _line(self, text: bytes, block: list[Line], tasks: Sequence[arc.Task]) -> Line:
         expected = tasks[len(self.done)].id if len(self.done) < len(tasks) else "no further line"
         try:
-            found: Line = dict(json.loads(text))
-            right = found["task"] == expected and found["prediction"] == len(block) < found["of"]
+            fields: Line = dict(json.loads(text))
+            right = fields["task"] == expected and fields["prediction"] == len(block) < fields["of"]
         except (ValueError, TypeError, KeyError):
-            found, right = {}, False
+            fields, right = {}, False
         if not right:
-            said = f"task {found['task']!r}" if "task" in found else repr(text[:40])
+            said = f"task {fields['task']!r}" if "task" in fields else repr(text[:40])
             number = sum(map(len, self.done)) + len(block) + 1
-            raise arc.InputError(
-                f"{self.path}: line {number}: found {said}, expected line {len(block)} of task {expected}"
-            )
-        return found
+            raise InputError(f"{self.path}: line {number}: found {said}, expected line {len(block)} of task {expected}")
+        return fields
 
     def keep(self, tasks: int) -> None:
         """Cuts the file after its first tasks."""

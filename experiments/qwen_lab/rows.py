@@ -1,74 +1,43 @@
-"""Captured activations on their way into a store: the rows of a sequence, what the store says of itself, whole shards."""
+"""Captured activations on their way into a store: what the store says of itself, and whole shards."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 import qwen_eqx
 import sae
-from qwen_lab import cli
+from qwen_lab import files, provenance
 
 
-def of_sequence(
-    prompt: Sequence[int],
-    tokens: Sequence[int] | np.ndarray,
-    number: int,
-    activations: Float[Array, "sites new d_model"],
-    prompt_activations: Float[Array, "sites prompt d_model"] | None,
-) -> sae.Rows:
-    """The stored rows of one prompt and what followed: the activation at a position, with the token read there.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a store says of the run that filled it; `config` is the resolved one."""
 
-    `generated` marks positions whose logits chose a token: the last one of the prompt and all but the last one after it.
-    """
-    length = len(tokens)
-    read = np.asarray([*prompt, *tokens[: length - 1]], np.int32)
-    kept = np.asarray(activations[:, :length])
-    start = len(prompt) - 1
-    if prompt_activations is not None:  # its last position is the one that produced token 0, already kept
-        width = prompt_activations.shape[1]
-        kept = np.concatenate([np.asarray(prompt_activations[:, width - len(prompt) : width - 1]), kept], axis=1)
-        start = 0
-    place = np.arange(start, len(read), dtype=np.int32)
-    item = np.full(len(place), number, np.int32)
-    return sae.Rows(kept.transpose(1, 0, 2), read[start:], place, item, place >= len(prompt) - 1)
-
-
-def nothing(manifest: sae.Manifest) -> sae.Rows:
-    """No rows: of an item that had no prompt."""
-    empty = np.empty(0, np.int32)
-    shape = (0, len(manifest.sites), manifest.d_model)
-    return sae.Rows(np.empty(shape, jnp.dtype(manifest.dtype)), empty, empty, empty, np.empty(0, bool))
+    model_id: str
+    revision: str | None
+    dtype: str
+    seed: int
+    config: dict[str, Any]
 
 
 def manifest(
-    model: qwen_eqx.Qwen,
-    tokenizer: qwen_eqx.Tokenizer,
-    capture: qwen_eqx.Capture,
-    plan: sae.Plan,
-    *,
-    model_id: str,
-    revision: str | None,
-    dtype: str,
-    seed: int,
-    config: dict[str, Any],
+    model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, capture: qwen_eqx.Capture, plan: sae.Plan, origin: Origin
 ) -> sae.Manifest:
-    """What a store says of itself before its first shard; `config` is the resolved one of the run."""
+    """What a store says of itself before its first shard."""
     return sae.Manifest(
-        model_id=model_id,
-        revision=revision,
-        config_digest=cli.digest(dataclasses.asdict(model.config)),
+        model_id=origin.model_id,
+        revision=origin.revision,
+        config_digest=files.digest(dataclasses.asdict(model.config)),
         tokenizer_digest=f"sha256:{tokenizer.digest}",
         sites=tuple(str(site) for site in capture.resolve(model.config)),
-        dtype=dtype,
+        dtype=origin.dtype,
         d_model=model.config.d_model,
-        seed=seed,
+        seed=origin.seed,
         plan=plan,
-        config=config,
-        versions=cli.versions(),
+        config=origin.config,
+        versions=provenance.versions(),
     )
 
 

@@ -1,112 +1,46 @@
-"""One training run: from the last checkpoint, through a shuffle buffer, to SAEs measured on held-out tasks."""
+"""One training run: from the last checkpoint, through a shuffle buffer, to dictionaries measured on held-out tasks."""
 
 import dataclasses
-import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 import sae
-from qwen_lab import cli, sources
-from qwen_lab.places import Place
-from sae import training as train
+from qwen_lab import evaluation, files, provenance, sources
+from qwen_lab.errors import InputError, RunError
+from qwen_lab.places import Dictionary
+from qwen_lab.settings import RunConfig, form_of, settled
+from qwen_lab.stopping import Stopped, on_sigterm
+from qwen_lab.sweeps import Member
+from sae import training
 from sae.data import buffer
 from sae.evaluation import metrics
 from sae.training import checkpoint
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    source: Literal["live", "store"] = "live"
-    """live: activations straight from the model; store: replayed from the shards of `extract.py`."""
-    store: Path = Path("runs/extract")
-    """Activation store, for --source store."""
-    form: Literal["topk", "batchtopk", "jumprelu", "matryoshka", "gated", "relu"] = "topk"
-    """Of the sparse autoencoder."""
-    sweep: tuple[str, ...] = ()
-    """Axes such as k=8,16,32 or layer=1,2,3 (also lr, seed, sparsity, site); all combinations train at once on one pass."""
-    model: str = "tiny-arc"
-    """Embedded name, directory in Hugging Face's layout, or hub id (live)."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model and of the activations (live)."""
-    tasks: str = "arc-agi-1/training"
-    """Data set name, directory of {id}.json, Kaggle challenges file, or JSONL (live)."""
-    limit: int = 120
-    """Tasks to take, from the first, held-out ones included (live)."""
-    held_out: int = 20
-    """Of these the last so many are never trained on; the metrics at the end are theirs."""
-    layer: int | None = None
-    """Residual stream after this block; without it the first of the late ones (or the store's first site)."""
-    site: str | None = None
-    """Any other place, as TransformerLens or Hugging Face spell it: blocks.2.hook_mlp_out."""
-    target_site: str | None = None
-    """Train a transcoder, which from the site above predicts this later one."""
-    max_prompt: int = 1024
-    """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped (live)."""
-    max_new_tokens: int = 16
-    """Tokens the model writes after each prompt (live)."""
-    prompts: int = 4
-    """Prompts the model works on together."""
-    d_sae: int = 1024
-    """Latents."""
-    k: int = 16
-    """Latents that fire per position: exactly (topk), on average (batchtopk, matryoshka), or as the target (jumprelu)."""
-    sparsity: float | None = None
-    """Weight of the sparsity penalty; without it 1 for jumprelu's target and 0.05 for the L1 of relu and gated."""
-    bias_rate: float | None = None
-    """How fast biases and thresholds move, over --lr: higher where jumprelu's L0 stays above its target."""
-    steps: int = 600
-    """Optimizer steps."""
-    batch_size: int = 512
-    """Positions per step."""
-    lr: float = 2e-3
-    """Adam's learning rate; it warms up over a twentieth of the steps and falls to 0 over the last fifth."""
-    product_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the operands of the dense products; sums are float32."""
-    dead_after: int = 50_000
-    """Positions without firing after which a latent counts as dead and is offered what the others leave over."""
-    sink_times: float = 10.0
-    """Drop positions whose norm exceeds this many medians (attention sinks); 0 keeps all."""
-    buffer_rows: int = 49_152
-    """Rows the shuffle buffer holds on the device."""
-    steps_per_call: int = 10
-    """Steps per compiled call; checkpoints and the progress bar move by as many."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints; the last two are kept."""
-    seed: int = 0
-    """Of the first weights and the shuffling."""
-    out: Path = Path("runs/train_sae")
-    """Run directory; a run that was cut off goes on where its last checkpoint stands."""
+Index = int | list[int]
+Advance = Callable[[int, str], None]
+"""Called with the steps just taken and a note on them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One SAE of a run, which may be a sweep."""
-
-    name: str
-    config: Config  # with its own values
-    place: Place
+def quiet(steps: int, note: str) -> None:
+    """Shows nothing."""
 
 
-def train_config(config: Config) -> train.TrainConfig:
-    penalized = config.form in ("relu", "gated")
-    default = 0.05 if penalized else 1.0
-    return train.TrainConfig(
+def train_config(config: RunConfig) -> training.TrainConfig:
+    form = form_of(config)
+    return training.TrainConfig(
         steps=config.steps,
         learning_rate=config.lr,
         warmup_steps=config.steps // 20,
         decay_steps=config.steps // 5,
-        sparsity=default if config.sparsity is None else config.sparsity,
+        sparsity=form.sparsity if config.sparsity is None else config.sparsity,
         sparsity_warmup_steps=config.steps // 5,
-        target_l0=float(config.k) if config.form == "jumprelu" else 0.0,
+        target_l0=float(config.k) if form.targets_l0 else 0.0,
         dead_after=config.dead_after,
         bias_rate=config.bias_rate,
         product_dtype=config.product_dtype,
@@ -114,29 +48,44 @@ def train_config(config: Config) -> train.TrainConfig:
 
 
 def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractDictionary:
-    """A fresh SAE; forms that keep k latents have room for the sweep's largest k, and `Hyper` lowers it."""
-    config = member.config
+    """A fresh dictionary; forms that keep k latents have room for the sweep's largest k, and `Hyper` lowers it."""
+    config, form = member.config, form_of(member.config)
     sizes: dict[str, Any] = {"d_model": d_model, "d_sae": config.d_sae, "key": jax.random.key(config.seed)}
+    if form.several_sites:
+        sizes["sites"] = len(member.place.reads)
     if member.place.transcodes:
         sizes["d_out"] = d_model
-    if config.form in ("topk", "batchtopk", "matryoshka"):
+    if "k" in form.details:
         sizes["k"] = largest_k
-    if config.form == "topk":
-        sizes["encoder_norm"] = 0.3  # runs are short: shorter rows leave far more latents dead (docs/LOG.md)
-    return sae.FORMS[config.form].init(**sizes)
+    return form.init(**sizes, **form.short_start)
 
 
-def settled(config: Config) -> dict[str, Any]:
-    """What a run may not change while it goes on."""
-    return {name: value for name, value in cli.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+def _indices(member: Member, sites: tuple[str, ...]) -> tuple[Index, Index]:
+    """Where in `sites` a member reads and writes: a number, or one for each of several sites."""
+    reads, writes = ([sites.index(site) for site in each] for each in (member.place.reads, member.place.writes))
+    return (reads, writes) if form_of(member.config).several_sites else (reads[0], writes[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A trained dictionary, the directory it is saved in, and its metrics on the held-out tasks."""
+
+    dictionary: Dictionary
+    saved: Path
+    metrics: dict[str, Any]
 
 
 class Run:
-    """Training from the last checkpoint, if there is one, to the last step."""
+    """Training from the last checkpoint, if there is one, to the last step: `start`, `proceed`, `finish`."""
 
-    def __init__(self, config: Config, members: list[Member], source: sources.Source):
+    def __init__(self, config: RunConfig, members: list[Member], source: sources.Source):
+        need = 2 * (config.batch_size * config.steps_per_call + source.largest)
+        if config.buffer_rows < need:
+            raise InputError(
+                f"--buffer-rows: found {config.buffer_rows}, expected at least {need}: twice a call's rows and a group's"
+            )
         self.config, self.members, self.source = config, members, source
-        self.sites = [(source.sites.index(m.place.reads), source.sites.index(m.place.writes)) for m in members]
+        self.sites = [_indices(member, source.sites) for member in members]
         self.state, self.rows = self._blank(jnp.zeros((2, len(source.sites), source.d_model), jnp.float32))
         self.step, self.next_group, self.fresh = 0, 0, True
         self.history: list[dict[str, Any]] = []
@@ -144,47 +93,47 @@ class Run:
         self.stopping = False
 
     @classmethod
-    def start(cls, config: Config, members: list[Member], source: sources.Source) -> "Run":
+    def start(cls, config: RunConfig, members: list[Member], source: sources.Source) -> "Run":
+        """A run in `config.out`: a new one, or the one that was cut off there; raises if another one stands there."""
         run = cls(config, members, source)
+        files.fresh_directory(config.out)
         if checkpoint.steps(run.directory):
             (run.state, run.rows), cursor, run.step = checkpoint.load(run.directory, (run.state, run.rows))
             run._check_same(cursor["config"])
             run.next_group, run.history, run.fresh = cursor["next_group"], cursor["history"], False
-            cli.console.print(f"going on from step {run.step} of {config.steps}")
+        provenance.record_run(config.out, config)
         return run
 
     @property
     def directory(self) -> Path:
         return self.config.out / "checkpoints"
 
-    def proceed(self) -> None:
-        """Until the last step; stops early, saved, on SIGTERM."""
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
-        if self.fresh:
-            self._fill()
-            self.state, _ = self._blank(self.rows.rows[: int(self.rows.size)])
-        try:
-            with cli.bar(self.config.steps, "training", "steps") as advance:
-                advance(self.step)
+    def proceed(self, advance: Advance = quiet) -> None:
+        """Until the last step; SIGTERM or `stop` ends it earlier with Stopped, saved; RunError says what broke."""
+        with on_sigterm(lambda *_: self.stop()):
+            if self.fresh:
+                self._fill()
+                self.state, _ = self._blank(self.rows.rows[: int(self.rows.size)])
+            try:
                 self._loop(advance)
-        except train.NotFinite as error:
-            kept = checkpoint.steps(self.directory)
-            last = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was due yet"
-            sys.exit(f"{error}; {last} in {self.directory}; a lower --lr may help")  # exit code 1
-        finally:
-            signal.signal(signal.SIGTERM, before)
+            except training.NotFinite as error:
+                kept = checkpoint.steps(self.directory)
+                last = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was due yet"
+                raise RunError(f"{error}; {last} in {self.directory}; a lower --lr may help") from error
 
-    def _loop(self, advance: Any) -> None:
+    def stop(self) -> None:
+        """Ends `proceed` after the steps that are being taken."""
+        self.stopping = True
+
+    def _loop(self, advance: Advance) -> None:
         begin = time.perf_counter()
         spent = dict(self.seconds)
         sites = jnp.asarray(self.sites if len(self.members) > 1 else self.sites[0], jnp.int32)
-        for state, found in train.fit(self.state, self._batches(), train_config(self.config), sites=sites):
+        for state, measured in training.fit(self.state, self._batches(), train_config(self.config), sites=sites):
             self.state = state
-            taken = found.loss.shape[-1]
+            taken = measured.loss.shape[-1]
             self.step += taken
-            means = {name: jnp.mean(getattr(found, name).astype(jnp.float32), -1) for name in ("loss", "fvu", "l0")}
-            means["dead"] = found.dead[..., -1]
-            self.history.append({"step": self.step} | {name: jnp.atleast_1d(v).tolist() for name, v in means.items()})
+            self._remember(measured)
             feeding = sum(self.seconds[name] - spent[name] for name in ("model", "buffer"))
             self.seconds["SAE"] += time.perf_counter() - begin - feeding
             begin, spent = time.perf_counter(), dict(self.seconds)
@@ -194,7 +143,14 @@ class Run:
             if self.step == self.config.steps or stop or due:
                 self._save()
             if stop and self.step < self.config.steps:
-                raise cli.Stopped
+                raise Stopped
+
+    def _remember(self, measured: training.StepMetrics) -> None:
+        """A call's means of every member; of dead latents the last count."""
+        means = {name: jnp.mean(getattr(measured, name).astype(jnp.float32), -1) for name in ("loss", "fvu", "l0")}
+        means["dead"] = measured.dead[..., -1]
+        lists = {name: jnp.atleast_1d(values).tolist() for name, values in means.items()}
+        self.history.append({"step": self.step} | lists)
 
     def _due(self, taken: int) -> bool:
         every = self.config.checkpoint_every
@@ -226,17 +182,17 @@ class Run:
                 self.rows = self.rows.add(group.rows, keep)
             dry = dry + 1 if int(self.rows.size) == size else 0
             if dry > self.source.training:
-                raise sae.InputError("--sink-times: found no row left by the filter, expected some")
+                raise InputError("--sink-times: found no row left by the filter, expected some")
 
-    def _blank(self, sample: jax.Array) -> tuple[train.TrainState, buffer.ShuffleBuffer]:
+    def _blank(self, sample: jax.Array) -> tuple[training.TrainState, buffer.ShuffleBuffer]:
         """The state before the first step, centred and scaled by `sample`, and an empty buffer."""
         config, states = self.config, []
         largest = max(member.config.k for member in self.members)
         for member, (reads, writes) in zip(self.members, self.sites, strict=True):
             settings, module = train_config(member.config), make_module(member, largest, self.source.d_model)
-            target = sample[:, writes] if member.place.transcodes else None
-            state = train.init(module, settings, sample[:, reads], target)
-            numbers = train.hyper(module, settings, float(member.config.k) if hasattr(module, "k") else None)
+            target = sample[:, _at(writes)] if member.place.transcodes else None
+            state = training.init(module, settings, sample[:, _at(reads)], target)
+            numbers = training.hyper(module, settings, float(member.config.k) if "k" in module.details else None)
             states.append(eqx.tree_at(lambda s: s.hyper, state, numbers))
         rows = buffer.ShuffleBuffer.init(
             capacity=config.buffer_rows,
@@ -245,7 +201,7 @@ class Run:
             key=jax.random.fold_in(jax.random.key(config.seed), 1),
             dtype=self.source.dtype,
         )
-        return states[0] if len(states) == 1 else train.stack(states), rows
+        return states[0] if len(states) == 1 else training.stack(states), rows
 
     def _save(self) -> None:
         cursor = {"config": settled(self.config), "next_group": self.next_group, "history": self.history}
@@ -258,7 +214,7 @@ class Run:
         ]
         if differences:
             where = f"--out {self.config.out}: found the checkpoints of another run"
-            raise sae.InputError(f"{where} ({'; '.join(differences)}), expected the same config or a new directory")
+            raise InputError(f"{where} ({'; '.join(differences)}), expected the same config or a new directory")
 
     def _timed(self, what: str) -> "Stopwatch":
         return Stopwatch(self.seconds, what)
@@ -269,25 +225,27 @@ class Run:
         parts = ", ".join(f"{name} {seconds / total:.0%} ({seconds:.1f} s)" for name, seconds in self.seconds.items())
         return f"share of the time: {parts}; compilation included"
 
-    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Save every member and measure it on the held-out tasks."""
+    def finish(self, facts: dict[str, Any]) -> dict[str, Result]:
+        """Saves every member and measures it on the held-out tasks; `facts` say where they were trained."""
         held_out = sources.held_out_rows(self.source, self.config.sink_times)
         results = {}
-        states = [self.state] if len(self.members) == 1 else train.unstack(self.state)
+        states = [self.state] if len(self.members) == 1 else training.unstack(self.state)
         for member, state, (reads, writes) in zip(self.members, states, self.sites, strict=True):
-            module = train.finish(state)
-            x, y = held_out[:, reads], held_out[:, writes]
-            mean, total = jnp.mean(y.astype(jnp.float32), axis=0), None
-            for rows, target in zip(sources.batches_of(x), sources.batches_of(y), strict=True):
-                part = metrics.totals(module, rows, mean, target=target)
-                total = part if total is None else jax.tree.map(jnp.add, total, part)
-            assert total is not None
+            module = training.finish(state)
+            total = evaluation.totals_of(module, held_out[:, _at(reads)], held_out[:, _at(writes)])
             where = self.config.out / "sae" / (member.name if self.config.sweep else "")
-            said = facts | member.place.metadata | {"training": settled(member.config)}
-            sae.save(module, where, said, density=metrics.density(total))
-            found = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
-            results[member.name] = metrics.summary(total) | found
+            metadata = facts | member.place.metadata | {"training": settled(member.config)}
+            sae.save(module, where, metadata, density=metrics.density(total))
+            said = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
+            dictionary = Dictionary(member.name, module, member.place, metadata)
+            results[member.name] = Result(dictionary, where, metrics.summary(total) | said)
+        files.write_json(self.config.out / "metrics.json", {name: one.metrics for name, one in results.items()})
         return results
+
+
+def _at(index: Index) -> Any:
+    """As JAX indexes an axis: a list as an array."""
+    return jnp.asarray(index, jnp.int32) if isinstance(index, list) else index
 
 
 class Stopwatch:

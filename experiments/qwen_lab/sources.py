@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-import arc
-import extract
 import qwen_eqx
 import sae
 from qwen_eqx.text.ids import bucket
+from qwen_lab import completions
+from qwen_lab.errors import InputError
+from qwen_lab.prompts import Item
 from sae.data import buffer
 
 
@@ -29,9 +30,12 @@ class Group:
     valid: Bool[Array, " rows"]
 
     @classmethod
-    def of(cls, rows: Float[Array, "rows d_model"]) -> "Group":
-        """Rows of one site, all of them valid."""
-        return cls(rows[:, None], jnp.ones(rows.shape[0], bool))
+    def of(cls, rows: Float[Array, "rows *sites d_model"]) -> "Group":
+        """Rows of one site or several, all of them valid."""
+        return cls(rows if rows.ndim == 3 else rows[:, None], jnp.ones(rows.shape[0], bool))
+
+
+jax.tree_util.register_dataclass(Group, data_fields=["rows", "valid"], meta_fields=[])
 
 
 @runtime_checkable
@@ -56,7 +60,7 @@ class Live:
         self,
         model: qwen_eqx.Qwen,
         tokenizer: qwen_eqx.Tokenizer,
-        items: Sequence[extract.Item],
+        items: Sequence[Item],
         *,
         held_out: int,
         sites: tuple[str, ...],
@@ -76,20 +80,14 @@ class Live:
     def group(self, number: int) -> Group:
         """The activations at every position read: the prompt's, and each generated token's but the last."""
         items = self.groups[number]
-        out = qwen_eqx.generate(
-            self.model,
-            [item.tokens for item in items],
-            max_new_tokens=self.max_new_tokens,
-            stop_tokens=self.tokenizer.eos_ids,
-            pad_token=self.tokenizer.pad_id,
-            capture=self.capture,
-        )
+        prompts = [item.tokens for item in items]
+        out = completions.generate(self.model, self.tokenizer, prompts, self.max_new_tokens, capture=self.capture)
         assert out.prompt_activations is not None
         assert out.activations is not None
         return _flat(
             out.prompt_activations,
             out.activations,
-            jnp.asarray([len(item.tokens) for item in items], jnp.int32),
+            jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
             out.lengths,
         )
 
@@ -105,9 +103,6 @@ def _flat(prompt: Array, generated: Array, prompt_lengths: Array, lengths: Array
     return Group(jnp.moveaxis(rows, 0, 2).reshape(-1, sites, d_model), valid.reshape(-1))
 
 
-jax.tree_util.register_dataclass(Group, data_fields=["rows", "valid"], meta_fields=[])
-
-
 class Stored:
     """Groups read back from a store that `extract.py` wrote, as many items at a time as the live run has prompts."""
 
@@ -115,7 +110,7 @@ class Stored:
         self.sites, self.d_model, self.dtype = sites, store.manifest.d_model, jnp.dtype(store.manifest.dtype)
         self.store = store.select(*sites)
         if not len(store):
-            raise sae.InputError(f"{store.directory}: found no committed rows, expected some to train on")
+            raise InputError(f"{store.directory}: found no committed rows, expected some to train on")
         item = self.store.column("item")
         numbers, said = np.unique(item), store.items  # an item whose sidecar names no task is one by itself
         first, self.held_out_tasks = split([str(said[int(number)].get("task", number)) for number in numbers], held_out)
@@ -136,47 +131,11 @@ class Stored:
         return Group(jnp.asarray(padded), jnp.arange(room) < end - start)
 
 
-def read_items(
-    tasks: Sequence[arc.Task],
-    max_tokens: int,
-    model: qwen_eqx.QwenConfig,
-    tokenizer: qwen_eqx.Tokenizer,
-    encoder: str = arc.DEFAULT_ENCODER,
-    form: str = arc.DEFAULT_PROMPT,
-) -> list[extract.Item]:
-    """Every test input whose prompt fits, with training pairs left out if need be."""
-    template = tokenizer.render_chat if tokenizer.chat_template is not None else None
-    arc.prompt.prefill(encoder, form)  # a wrong name raises here, not as a prompt too long
-    items = []
-    for task in tasks:
-        for test in range(len(task.test)):
-            try:
-                prompt = arc.prompt.build(
-                    task,
-                    test,
-                    encoder=encoder,
-                    form=form,
-                    template=template,
-                    count=lambda text: len(tokenizer.encode(text)),
-                    budget=min(max_tokens, model.max_seq),
-                )
-            except arc.InputError:  # too long even with one pair
-                continue
-            items.append(extract.Item(task, test, prompt, tokenizer.encode(prompt.text)))
-    if not items:
-        raise arc.InputError(
-            f"prompt tokens at most {max_tokens}: found no prompt of {len(tasks)} tasks that fits, expected some"
-        )
-    return items
-
-
 def split(tasks: Sequence[str], held_out: int) -> tuple[int, tuple[str, ...]]:
     """(items of the tasks to train on, the last `held_out` tasks): no task is on both sides."""
     names = list(dict.fromkeys(tasks))
     if not 1 <= held_out < len(names):
-        raise sae.InputError(
-            f"--held-out: found {held_out}, expected 1 to {len(names) - 1}: there are {len(names)} tasks"
-        )
+        raise InputError(f"--held-out: found {held_out}, expected 1 to {len(names) - 1}: there are {len(names)} tasks")
     kept_back = tuple(names[-held_out:])
     return next(index for index, task in enumerate(tasks) if task in kept_back), kept_back
 
@@ -209,7 +168,7 @@ def held_out_rows(source: Source, sink_times: float) -> Float[Array, "rows sites
     return jnp.concatenate(parts)
 
 
-def batches_of(rows: Float[Array, "rows d_model"], size: int = 4096) -> Iterator[Array]:
-    """The rows in order, `size` at a time."""
-    for start in range(0, rows.shape[0], size):
-        yield rows[start : start + size]
+def batches(rows: int, size: int = 4096) -> Iterator[slice]:
+    """Slices of so many rows, in order."""
+    for start in range(0, rows, size):
+        yield slice(start, start + size)

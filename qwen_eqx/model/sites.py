@@ -46,17 +46,19 @@ class Site:
     @classmethod
     def parse(cls, name: "str | Site", config: QwenConfig) -> "Site":
         """Reads `blocks.12.hook_resid_post` or `model.layers.12`; an unknown name raises and says which exist."""
-        if isinstance(name, Site):
-            site: Site | None = name
-        elif match := re.fullmatch(r"blocks\.(\d{1,6})\.([\w.]+)", name):
-            site = cls(int(match[1]), _TL_KINDS[match[2]]) if match[2] in _TL_KINDS else None
-        elif match := re.fullmatch(r"model\.layers\.(\d{1,6})(?:\.([\w.]+))?", name):
-            site = cls(int(match[1]), _HF_KINDS[match[2] or ""]) if (match[2] or "") in _HF_KINDS else None
-        else:
-            site = None
+        site = name if isinstance(name, Site) else cls.spelled(name)
         if site is None or site.kind not in KINDS or not 0 <= site.layer < config.layers:
             raise InputError(f"site {str(name)!r} does not exist; this model has {describe_sites(config)}")
         return site
+
+    @classmethod
+    def spelled(cls, name: str) -> "Site | None":
+        """The site that a name spells in either way, of whatever model; None if it spells none."""
+        if match := re.fullmatch(r"blocks\.(\d{1,6})\.([\w.]+)", name):
+            return cls(int(match[1]), _TL_KINDS[match[2]]) if match[2] in _TL_KINDS else None
+        if match := re.fullmatch(r"model\.layers\.(\d{1,6})(?:\.([\w.]+))?", name):
+            return cls(int(match[1]), _HF_KINDS[match[2] or ""]) if (match[2] or "") in _HF_KINDS else None
+        return None
 
     @property
     def depth(self) -> tuple[int, int]:

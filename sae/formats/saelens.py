@@ -48,6 +48,11 @@ _FORM_OF = _TRAINED_AS | {
 _STRUCTURE = {"architecture", "d_in", "d_sae", "d_out", "dtype", "device", "k", "apply_b_dec_to_input", "metadata"}
 
 
+def opens(form: str, transcoder: bool = False) -> bool:
+    """Whether SAELens opens what `save` writes of this form."""
+    return ROWS[form].opens[transcoder]
+
+
 def save(
     module: AbstractDictionary,
     directory: str | Path,

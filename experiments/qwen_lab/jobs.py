@@ -1,0 +1,75 @@
+"""From a config to trained dictionaries: the source opened, the members made, the run taken to its end."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+import arc
+import qwen_eqx
+import sae
+from qwen_lab import places, prompts, sources, sweeps
+from qwen_lab.runs import Advance, Result, Run, quiet
+from qwen_lab.settings import RunConfig, check, form_of
+from qwen_lab.sweeps import Member
+
+Loaded = tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Where a run's rows come from, what it trains on them, and what a saved dictionary says of where it was trained."""
+
+    source: sources.Source
+    members: list[Member]
+    facts: dict[str, Any]
+
+
+def train(config: RunConfig, loaded: Loaded | None = None, advance: Advance = quiet) -> dict[str, Result]:
+    """The dictionaries of a run by name, saved in `config.out`; a run that was cut off there goes on.
+
+    `loaded` is the model and tokenizer that `config.model` names, where they are at hand already.
+    """
+    job = open_job(config, loaded)
+    run = Run.start(config, job.members, job.source)
+    run.proceed(advance)
+    return run.finish(job.facts)
+
+
+def open_job(config: RunConfig, loaded: Loaded | None = None) -> Job:
+    """The source that `config.source` names, and the members on its sites."""
+    check(config)
+    combined = sweeps.combinations(config)
+    return _replay(config, combined) if config.source == "store" else _live(config, combined, loaded)
+
+
+def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
+    store = sae.ActivationStore.open(config.store)
+    default = places.JOINED.join(store.sites) if form_of(config).several_sites else store.sites[0]
+    members = sweeps.make_members(config, combined, places.in_store(store), default)
+    sites = sweeps.sites_of(members)
+    source = sources.Stored(store, held_out=config.held_out, sites=sites, prompts=config.prompts)
+    manifest = store.manifest
+    facts = {"model_name": manifest.model_id, "revision": manifest.revision, "tasks": manifest.config.get("tasks")}
+    return Job(source, members, facts | {"held_out_tasks": list(source.held_out_tasks)})
+
+
+def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: Loaded | None) -> Job:
+    model, tokenizer = loaded or qwen_eqx.from_pretrained(
+        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype)
+    )
+    default = places.default_sites(model.config, form_of(config))
+    members = sweeps.make_members(config, combined, places.in_model(model.config), default)
+    tasks = list(arc.load_tasks(config.tasks))[: config.limit]
+    asking = prompts.asking(tokenizer, budget=min(config.max_prompt, model.config.max_seq))
+    source = sources.Live(
+        model,
+        tokenizer,
+        prompts.items(tasks, tokenizer, asking, too_long="skip"),
+        held_out=config.held_out,
+        sites=sweeps.sites_of(members),
+        prompts=config.prompts,
+        max_new_tokens=config.max_new_tokens,
+    )
+    facts = {"model_name": config.model, "revision": config.revision, "tasks": config.tasks}
+    return Job(source, members, facts | {"held_out_tasks": list(source.held_out_tasks)})

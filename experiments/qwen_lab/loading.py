@@ -1,0 +1,90 @@
+"""Saved dictionaries put back: the model, place and tasks that flags name, or else what they say of themselves."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+import arc
+import qwen_eqx
+import sae
+from qwen_lab import places
+from qwen_lab.errors import InputError
+from qwen_lab.places import Dictionary, Place
+
+UNSEEN = "arc-agi-1/evaluation"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnModel:
+    """The flags of what puts SAEs into a model; unless said, an SAE's metadata name the model, the place and the tasks."""
+
+    model: str | None = None
+    """Embedded name, directory or hub id; without it the model that the SAE names."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the model."""
+    layer: int | None = None
+    """Residual stream after this block; without it the site that the SAE names."""
+    site: str | None = None
+    """Any other place, as TransformerLens or Hugging Face spell it."""
+    target_site: str | None = None
+    """Site that a transcoder writes; without it the one that it names."""
+    tasks: str | None = None
+    """Data set; without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
+    encoder: str = arc.DEFAULT_ENCODER
+    """How grids become text."""
+    prompt: str = arc.DEFAULT_PROMPT
+    """Prompt format."""
+
+    def load_model(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer, str]:
+        """The model asked for, or the one that all of these SAEs name; and its name."""
+        names = {str(one.get("model_name", "tiny-arc")) for one in metadata}
+        if self.model is None and len(names) != 1:
+            raise InputError(f"--sae: found SAEs of {', '.join(sorted(names))}, expected one model's, or --model")
+        name = self.model or names.pop()
+        model, tokenizer = qwen_eqx.from_pretrained(name, revision=self.revision, dtype=jnp.dtype(self.dtype))
+        return model, tokenizer, name
+
+    def place(self, config: qwen_eqx.QwenConfig, module: sae.AbstractDictionary, metadata: Mapping[str, Any]) -> Place:
+        """The place asked for, or the one the SAE's metadata name; its widths must be the SAE's."""
+        reads, writes = metadata.get("hook_name"), metadata.get("hook_name_out")
+        target = self.target_site or (str(writes) if writes and writes != reads else None)
+        default = None if reads is None else str(reads)
+        asked = dataclasses.replace(self, target_site=target)
+        place = places.from_flags(places.in_model(config), default, asked, type(module))
+        for sites, shape in ((place.reads, module.reads), (place.writes, module.writes)):
+            widths = {qwen_eqx.Site.parse(site, config).width(config) for site in sites}
+            there = (len(sites), *widths) if module.several_sites else tuple(widths)
+            if shape != there:
+                given = f"an SAE from {_spelled(module.reads)} to {_spelled(module.writes)}"
+                raise InputError(f"--sae: found {given}, expected {_spelled(there)} at {'+'.join(sites)}")
+        return place
+
+    def dictionary(self, name: str, loaded: sae.Loaded, config: qwen_eqx.QwenConfig) -> Dictionary:
+        """A loaded SAE at its place in a model of this shape."""
+        return Dictionary(name, loaded.module, self.place(config, loaded.module, loaded.metadata), loaded.metadata)
+
+
+def _spelled(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def load_dictionary(source: str | Path, config: qwen_eqx.QwenConfig) -> Dictionary:
+    """Any SAE that `sae.load` reads, at the place in a model of this shape that it names."""
+    return OnModel().dictionary(Path(source).name, sae.load_with_metadata(source), config)
+
+
+def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> list[arc.Task]:
+    """The data set asked for; without one the tasks that an SAE's training held out, or the evaluation set of ARC-AGI-1."""
+    held_out = metadata.get("held_out_tasks")
+    if tasks is not None or not isinstance(held_out, list) or not isinstance(metadata.get("tasks"), str):
+        return list(arc.load_tasks(tasks or UNSEEN))
+    name = metadata["tasks"]
+    picked = [task for task in arc.load_tasks(name) if task.id in set(held_out)]
+    if not picked:
+        raise InputError(f"--tasks: found none of the SAE's held-out tasks in {name}, expected them; name others")
+    return picked

@@ -1,0 +1,107 @@
+"""What a training run is told: its flags, each with a sentence, and what none of them may be."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import sae
+from qwen_lab import files
+from qwen_lab.errors import InputError, at_least_one
+
+Form = Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(list(sae.FORMS)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What a training run is told."""
+
+    source: Literal["live", "store"] = "live"
+    """live: activations straight from the model; store: replayed from the shards of `extract.py`."""
+    store: Path = Path("runs/extract")
+    """Activation store, for --source store."""
+    form: Form = "topk"
+    """Of the dictionary."""
+    sweep: tuple[str, ...] = ()
+    """Axes such as k=8,16,32 or layer=1,2,3 (also lr, seed, sparsity, site); all combinations train at once on one pass."""
+    model: str = "tiny-arc"
+    """Embedded name, directory in Hugging Face's layout, or hub id (live)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the model and of the activations (live)."""
+    tasks: str = "arc-agi-1/training"
+    """Data set name, directory of {id}.json, Kaggle challenges file, or JSONL (live)."""
+    limit: int = 120
+    """Tasks to take, from the first, held-out ones included (live)."""
+    held_out: int = 20
+    """Of these the last so many are never trained on; the metrics at the end are theirs."""
+    layer: int | None = None
+    """Residual stream after this block; without it the first of the late ones (or the store's first site)."""
+    site: str | None = None
+    """Any other place, as TransformerLens or Hugging Face spell it: blocks.2.hook_mlp_out; A+B for two at once."""
+    target_site: str | None = None
+    """Train a transcoder, which from the site above predicts this later one."""
+    max_prompt: int = 1024
+    """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped (live)."""
+    max_new_tokens: int = 16
+    """Tokens the model writes after each prompt (live)."""
+    prompts: int = 4
+    """Prompts the model works on together."""
+    d_sae: int = 1024
+    """Latents."""
+    k: int = 16
+    """Latents that fire per position: exactly, on average or as a target, whatever the form's rule is."""
+    sparsity: float | None = None
+    """Weight of the sparsity penalty; without it what suits the form."""
+    bias_rate: float | None = None
+    """How fast biases and thresholds move, over --lr; without it what suits the form."""
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 512
+    """Positions per step."""
+    lr: float = 2e-3
+    """Adam's learning rate; it warms up over a twentieth of the steps and falls to 0 over the last fifth."""
+    product_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the operands of the dense products; sums are float32."""
+    dead_after: int = 50_000
+    """Positions without firing after which a latent counts as dead and is offered what the others leave over."""
+    sink_times: float = 10.0
+    """Drop positions whose norm exceeds this many medians (attention sinks); 0 keeps all."""
+    buffer_rows: int = 49_152
+    """Rows the shuffle buffer holds on the device."""
+    steps_per_call: int = 10
+    """Steps per compiled call; checkpoints and the progress bar move by as many."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last two are kept."""
+    seed: int = 0
+    """Of the first weights and the shuffling."""
+    out: Path = Path("runs/train_sae")
+    """Run directory; a run that was cut off goes on where its last checkpoint stands."""
+
+
+def check(config: RunConfig) -> None:
+    """Raises for values that no run can have."""
+    at_least_one(config, "limit", "held_out", "max_prompt", "max_new_tokens", "prompts", "d_sae", "k", "steps")
+    at_least_one(config, "batch_size", "dead_after", "buffer_rows", "steps_per_call", "checkpoint_every")
+    form_of(config)
+    if not config.lr > 0 or not math.isfinite(config.lr):
+        raise InputError(f"--lr: found {config.lr}, expected a finite number above 0")
+    if config.bias_rate is not None and not 0 < config.bias_rate < math.inf:
+        raise InputError(f"--bias-rate: found {config.bias_rate}, expected a finite number above 0")
+    if not config.sink_times >= 0:
+        raise InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
+
+
+def form_of(config: RunConfig) -> type[sae.AbstractDictionary]:
+    """The class of the form asked for."""
+    if config.form not in sae.FORMS:
+        raise InputError(f"--form: found {config.form!r}, expected one of {', '.join(sae.FORMS)}")
+    return sae.FORMS[config.form]
+
+
+def settled(config: RunConfig) -> dict[str, Any]:
+    """What a run may not change while it goes on."""
+    return {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
