@@ -13,7 +13,7 @@ from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
 
-Loaded = tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]
+ModelAndTokenizer = tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Job:
     facts: dict[str, Any]
 
 
-def train(config: RunConfig, loaded: Loaded | None = None, advance: Advance = quiet) -> dict[str, Result]:
+def train(config: RunConfig, loaded: ModelAndTokenizer | None = None, advance: Advance = quiet) -> dict[str, Result]:
     """The dictionaries of a run by name, saved in `config.out`; a run that was cut off there goes on.
 
     `loaded` is the model and tokenizer that `config.model` names, where they are at hand already.
@@ -36,7 +36,7 @@ def train(config: RunConfig, loaded: Loaded | None = None, advance: Advance = qu
     return run.finish(job.facts)
 
 
-def open_job(config: RunConfig, loaded: Loaded | None = None) -> Job:
+def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:
     """The source that `config.source` names, and the members on its sites."""
     check(config)
     combined = sweeps.combinations(config)
@@ -54,7 +54,7 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     return Job(source, members, facts | {"held_out_tasks": list(source.held_out_tasks)})
 
 
-def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: Loaded | None) -> Job:
+def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTokenizer | None) -> Job:
     model, tokenizer = loaded or qwen_eqx.from_pretrained(
         config.model, revision=config.revision, dtype=jnp.dtype(config.dtype)
     )
