@@ -114,7 +114,7 @@ def test_train_goes_from_a_config_to_modules_and_says_nothing(tmp_path: Path, ca
     results = qwen_lab.train(config, loaded=(MODEL, TOKENIZER))
     assert capsys.readouterr() == ("", "")
     (result,) = results.values()
-    assert (result.dictionary.name, result.dictionary.place.reads) == ("sae", "blocks.2.hook_resid_post")
+    assert (result.dictionary.name, result.dictionary.place.reads) == ("sae", ("blocks.2.hook_resid_post",))
     again = qwen_lab.load_dictionary(result.saved, MODEL.config)
     np.testing.assert_array_equal(again.module.decoder, result.dictionary.module.decoder)
     assert again.place == result.dictionary.place
