@@ -8,6 +8,8 @@ The rows of [0, size) are live. `draw` takes a random part of them and closes th
 once, and the buffer is a state like any other: saved in a checkpoint, it continues bit for bit.
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ class ShuffleBuffer(eqx.Module):
         """The buffer with the kept rows behind the live ones; rows beyond the capacity are dropped and counted."""
         if keep is None:
             keep = jnp.ones(rows.shape[0], bool)
-        return _add((rows, keep), self)
+        return _add(Addition(rows, keep), self)
 
     def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch *sites d_model"]]:
         """A uniform sample of the live rows without replacement, which leaves the buffer."""
@@ -106,8 +108,15 @@ def _differ(source: Int32[Array, " rows"]) -> Float[Array, ""]:
     return 1.0 - same / max(1, count * (count - 1))
 
 
+class Addition(NamedTuple):
+    """Rows on their way into a buffer, and which of them are wanted."""
+
+    rows: Float[Array, "new *sites d_model"]
+    keep: Bool[Array, " new"]
+
+
 @eqx.filter_jit(donate="all-except-first")
-def _add(new, buffer: ShuffleBuffer) -> ShuffleBuffer:
+def _add(new: Addition, buffer: ShuffleBuffer) -> ShuffleBuffer:
     rows, keep = new
     place = buffer.size + jnp.cumsum(keep.astype(jnp.int32)) - 1
     place = jnp.where(keep & (place < buffer.capacity), place, buffer.capacity)  # out of bounds: dropped by the scatter
