@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic commits, strict JSON, safetensors mapped after their header was checked."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,12 +13,13 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from sae.errors import InputError
+from sae.errors import DiskFull, InputError
 
 SAFETENSORS_DTYPES = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64",
     "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
 MAX_JSON_BYTES = 2**30  # a sidecar holds texts, never gigabytes of them
 
 
@@ -55,11 +57,17 @@ def commit(path: Path, data: bytes) -> None:
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         stale.unlink(missing_ok=True)  # left by a killed run
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two runs at once never share a file
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in FULL:
+            raise DiskFull.at(path, len(data)) from error
+        raise
     fsync_directory(path.parent)
 
 

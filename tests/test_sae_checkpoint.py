@@ -1,14 +1,35 @@
 """Checkpoints: exact, digested, refused when anything differs."""
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae.errors import InputError
+from sae.errors import DiskFull, InputError
 from sae.training import checkpoint
 
 STATE = {"a": jnp.arange(3.0), "key": jax.random.key(3), "n": jnp.int32(7)}
+
+
+def test_a_file_where_checkpoints_should_go_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(InputError, match="found a file, expected a directory"):
+        checkpoint.save(tmp_path / "checkpoints", 1, {"a": jnp.zeros(2)})
+    assert (tmp_path / "checkpoints").read_text() == "mine"
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match=r"no room for .*state\.safetensors: [\d,]+ bytes needed, [\d,]+ free"):
+        checkpoint.save(tmp_path, 1, {"a": jnp.zeros(2)})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert checkpoint.steps(tmp_path) == []
 
 
 def test_round_trip_and_keep_last(tmp_path):

@@ -60,6 +60,13 @@ def test_every_form_comes_back_as_it_was_saved(tmp_path_factory, form, d_out, se
 def test_a_fresh_module_comes_back_too(tmp_path, form):
     extra = {"k": 3} if form in {"topk", "batchtopk", "matryoshka"} else {}
     module = sae.FORMS[form].init(d_model=6, d_sae=16, key=jax.random.key(0), **extra)
+    rows = jax.random.normal(jax.random.key(1), (50, 6))
+    if form in ("batchtopk", "matryoshka"):
+        with pytest.raises(sae.InputError, match=r"threshold: found none learned.*with_threshold"):
+            sae.save(module, tmp_path / "no", {})
+        assert not (tmp_path / "no").exists()
+        module = module.with_threshold(rows)
+        assert int((module.encode(rows) > 0).sum()) == 3 * 50  # what the batch's rule keeps of these rows
     sae.save(module, tmp_path, {})
     same(sae.load(str(tmp_path)), module)
     assert sae.load_with_metadata(tmp_path).density is None
@@ -166,6 +173,7 @@ BROKEN = {
     "a fine-tuned scale": (config(finetuning_scaling_factor=True), "finetuning_scaling_factor: found True"),
     "config cut short": (lambda d: (d / "cfg.json").write_text('{"architecture":'), "no valid JSON"),
     "no config": (lambda d: (d / "cfg.json").unlink(), "cannot be read"),
+    "a version that is none": (config(metadata={"sae_lens_version": "dev"}), "metadata.sae_lens_version: found 'dev'"),
     "a flipped bit": (lambda d: flip(d / "sae_weights.safetensors"), "digest"),
     "weights of another save": (weights(W_enc=np.zeros((6, 16), np.float32), b_enc=None), "b_enc: missing"),
     "a scale factor": (weights(scaling_factor=np.full(16, 2, np.float32)), "scaling_factor: found values other than 1"),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,6 +174,34 @@ def test_resuming_another_run_shows_every_difference(tmp_path):
     for part in ("seed is 0 there and 7", "config.sites is ['a'] there and ['a', 'b']", "config.new.deep is 'absent'"):
         assert part in message
     assert contents(tmp_path) == before
+
+
+def test_another_patch_release_goes_on_with_the_store_as_it_is(tmp_path):
+    """Versions are what the first run had: the finished bytes do not depend on who went on."""
+    write(tmp_path / "whole")
+    writer = sae.StoreWriter.create(tmp_path / "cut", MANIFEST)
+    for entry in (tmp_path / "whole" / "shards").glob("000000.*"):
+        shutil.copy(entry, tmp_path / "cut" / "shards")
+    newer = dataclasses.replace(MANIFEST, versions={"jax": "0.0.1", "numpy": "9"})
+    assert sae.StoreWriter.create(tmp_path / "cut", newer).missing == writer.missing == (1, 2)
+    assert (tmp_path / "cut/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
+
+
+def test_rows_of_an_item_that_the_sidecar_does_not_name_are_refused(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "shards" / "000001.safetensors"
+    store = sae.ActivationStore.open(tmp_path)
+    columns = {name: np.array(column) for name, column in store.shards[1].columns()._asdict().items()}
+    columns["item"][-1] = 99
+    safetensors.numpy.save_file(columns, path)
+    with pytest.raises(sae.InputError, match=r"000001\.safetensors: item: found \d+ to 99, expected 2 to 3"):
+        sae.ActivationStore.open(tmp_path).column("item")
+
+
+def test_a_store_prints_in_one_line(tmp_path):
+    write(tmp_path)
+    assert len(repr(sae.ActivationStore.open(tmp_path)).splitlines()) == 1
+    assert "3 shards" in repr(sae.ActivationStore.open(tmp_path))
 
 
 def edit_json(path: Path, **fields) -> None:

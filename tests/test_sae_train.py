@@ -266,6 +266,27 @@ def test_transcoder_trains_towards_its_target():
     assert train.finish(state)(X[0]).shape == (32, 5)
 
 
+def test_training_ends_with_its_steps():
+    """In the midst of an item, asking for no further one; a resumed state has the steps that are left."""
+    state, config = start(config=train.TrainConfig(steps=8))
+    asked = []
+
+    def batches():
+        for number in range(9):
+            asked.append(number)
+            yield X[:3]
+
+    taken = [(int(state.step), len(metrics.loss)) for state, metrics in train.fit(state, batches(), config)]
+    assert taken == [(3, 3), (6, 3), (8, 2)]
+    assert asked == [0, 1, 2]
+    state, _ = train.run(start(config=config)[0], X[:6], config)
+    with pytest.raises(InputError, match=r"x: found 6 steps, expected at most 2: config\.steps is 8"):
+        train.run(state, X, config)
+    ((state, _),) = train.fit(state, [X, X], config)
+    assert int(state.step) == 8
+    assert list(train.fit(state, [X], config)) == []
+
+
 def test_wrong_configs_are_refused():
     with pytest.raises(InputError, match="steps"):
         train.TrainConfig(steps=0)

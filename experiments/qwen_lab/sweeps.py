@@ -58,7 +58,9 @@ def make_members(
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"--sweep: found {twice} twice, expected each once")
     if len({(member.place.transcodes, len(member.place.reads)) for member in members}) != 1:
-        raise InputError("--sweep: found places of several kinds, expected one: their dictionaries differ in shape")
+        raise InputError(
+            "--sweep: found places of several kinds, expected one kind: their dictionaries differ in shape"
+        )
     return members
 
 

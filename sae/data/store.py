@@ -124,6 +124,10 @@ class ActivationStore:
     shards: tuple[Shard, ...]
     sites: tuple[str, ...]  # what `activations` holds along its sites axis: the manifest's, or those selected
 
+    def __repr__(self) -> str:
+        sites = ", ".join(self.sites)
+        return f"ActivationStore({self.directory}: {len(self):,} rows at {sites}, {len(self.shards)} shards)"
+
     @classmethod
     def open(cls, directory: str | Path) -> "ActivationStore":
         """Open what is committed now; later shards are seen by opening again."""
@@ -200,7 +204,14 @@ class ActivationStore:
 
     @functools.cached_property
     def _columns(self) -> list[Rows]:
-        return [shard.columns() for shard in self.shards]
+        """Of each shard, whose rows must be of the items that its sidecar names."""
+        columns = [shard.columns() for shard in self.shards]
+        for shard, rows in zip(self.shards, columns, strict=True):
+            planned = self.manifest.plan.items_of(shard.index)
+            if len(rows.item) and not (planned.start <= rows.item.min() and rows.item.max() < planned.stop):
+                span = f"{rows.item.min()} to {rows.item.max()}"
+                raise InputError(f"{shard.path}: item: found {span}, expected {planned.start} to {planned.stop - 1}")
+        return columns
 
     def _take(self, wanted: np.ndarray) -> Rows:
         """Gather rows shard by shard into arrays in the order asked."""
@@ -267,8 +278,11 @@ def _check_ours(directory: Path) -> None:
 
 
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise InputError listing every field in which a store's manifest differs from the run's."""
-    old, new = files.flatten(found), files.flatten(expected)
+    """Raise InputError listing every field in which a store's manifest differs from the run's.
+
+    Versions are recorded, not compared: a patch release of a library must not end a store.
+    """
+    old, new = (files.flatten({**manifest, "versions": {}}) for manifest in (found, expected))
     differences = [
         f"{field} is {old.get(field, 'absent')!r} there and {new.get(field, 'absent')!r} in this run"
         for field in sorted(old.keys() | new.keys())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
@@ -67,6 +68,11 @@ def save(
     if module.encoder.ndim != module.b_dec.ndim + 1 or module.b_enc.ndim != 1:
         raise InputError(
             f"module: encoder: found shape {module.encoder.shape}, expected one SAE: index the sweep first"
+        )
+    if float(getattr(module, "threshold", jnp.zeros(())).min()) < 0:
+        raise InputError(
+            f"module: threshold: found none learned, expected one: train the {module.name}, or take "
+            "`module.with_threshold(rows)`; without it other tools would compute other values"
         )
     described = describe(module)
     build(Path("module"), described)  # what could not be loaded is not saved
@@ -138,7 +144,7 @@ def _whole(k: Any) -> int | None:
 def _modernized(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A config in version 6's words; whatever changes the numbers and is not implemented is refused by name."""
     metadata = config.get("metadata")
-    if not isinstance(metadata, dict) or int(str(metadata.get("sae_lens_version", "0")).split(".")[0]) < 6:
+    if not isinstance(metadata, dict) or _major(path, metadata.get("sae_lens_version", "0")) < 6:
         activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
         details = config.get("activation_fn_kwargs") or {}
         if activation not in {"relu", "topk"}:
@@ -159,6 +165,14 @@ def _modernized(path: Path, config: dict[str, Any]) -> dict[str, Any]:
                 f"{path}: {field}: found {config[field]!r}, expected {accepted[0]!r}, which is implemented"
             )
     return config
+
+
+def _major(path: Path, version: Any) -> int:
+    """The first number of a version."""
+    first = str(version).split(".")[0]
+    if not first.isdecimal():
+        raise InputError(f"{path}: metadata.sae_lens_version: found {version!r:.40}, expected a version such as 6.0.0")
+    return int(first)
 
 
 def _known_tensors(weights: Path) -> dict[str, np.ndarray]:

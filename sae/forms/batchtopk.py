@@ -7,11 +7,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sae.forms import ksparse, losses
 from sae.forms.abstract import AbstractSAE, initial
-from sae.forms.ksparse import AbstractKSparse, check_k
+from sae.forms.ksparse import AbstractBatchTopK, check_k
 from sae.forms.objective import Hyper, Objective, Selection, count_fired, product
 
 
-class BatchTopK(AbstractSAE, AbstractKSparse):
+class BatchTopK(AbstractSAE, AbstractBatchTopK):
     """z = π · 1[π > threshold], the threshold learned while training keeps the batch·k largest (Bussmann et al. 2024).
 
     threshold is the running mean of the smallest value kept; below 0 it is not yet known, and the batch·k largest of

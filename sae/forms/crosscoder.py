@@ -10,11 +10,11 @@ from sae.codes.select import SparseCode
 from sae.errors import InputError
 from sae.forms import ksparse, losses
 from sae.forms.abstract import Shape, add_bias, initial, row_lengths, written
-from sae.forms.ksparse import AbstractKSparse, check_k
+from sae.forms.ksparse import AbstractBatchTopK, check_k
 from sae.forms.objective import Hyper, Objective, Selection, count_fired, flat, product
 
 
-class Crosscoder(AbstractKSparse):
+class Crosscoder(AbstractBatchTopK):
     """π = Σ_s encoder_s · x_s + b_enc, z = π · 1[π > threshold], x̂_s = z · decoder_s + b_dec_s for every site s.
 
     Crosscoders (Lindsey et al. 2024) with BatchTopK's rule (Minder et al. 2025, arXiv 2504.02922): a batch keeps the

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
@@ -34,6 +35,21 @@ class AbstractKSparse(AbstractDictionary):
     @abstractmethod
     def sparse_loss(self, x: Float[Array, "batch ..."], y: Float[Array, "batch ..."], chosen: Selection) -> Objective:
         """`loss`, its values and gradients from the rows of the chosen latents alone."""
+
+
+class AbstractBatchTopK(AbstractKSparse):
+    """A dictionary whose batch keeps k latents a sample on average while training; a threshold stands for that later."""
+
+    threshold: AbstractVar[Float[Array, ""]]
+
+    def with_threshold(self, rows: Float[Array, "rows ..."]) -> "AbstractBatchTopK":
+        """The same with the threshold at which k latents fire on average on these rows."""
+        unknown = eqx.tree_at(lambda m: m.threshold, self, unknown_threshold())
+        kept = unknown.encode(rows)
+        smallest = jnp.min(jnp.where(kept > 0, kept, jnp.inf))
+        # just below the smallest value that is kept, for what fires has to exceed it
+        below = jnp.nextafter(smallest, jnp.float32(0))
+        return eqx.tree_at(lambda m: m.threshold, self, jnp.where(jnp.isfinite(smallest), below, 0.0))
 
 
 def check_k(k: Any, d_sae: int) -> int:

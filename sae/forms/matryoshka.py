@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from sae.errors import InputError
 from sae.forms import ksparse, losses
 from sae.forms.abstract import AbstractSAE, initial
-from sae.forms.ksparse import AbstractKSparse, check_k
+from sae.forms.ksparse import AbstractBatchTopK, check_k
 from sae.forms.objective import Hyper, Objective, Selection, count_fired, product
 
 
@@ -21,7 +21,7 @@ def check_widths(widths: Any, d_sae: int) -> tuple[int, ...]:
     return tuple(given)
 
 
-class Matryoshka(AbstractSAE, AbstractKSparse):
+class Matryoshka(AbstractSAE, AbstractBatchTopK):
     """BatchTopK whose first m latents alone reconstruct too, for every m in widths (Bussmann et al. 2025, §3)."""
 
     encoder: Float[Array, "d_sae d_model"]

@@ -35,6 +35,9 @@ def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | 
         "cursor": cursor or {},
     }
     place = Path(directory) / f"{step:08d}"
+    for path in (Path(directory), place):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: found a file, expected a directory of checkpoints")
     place.mkdir(parents=True, exist_ok=True)
     (place / "state.json").unlink(missing_ok=True)  # a step saved again is not whole until its new note stands
     files.commit(place / "state.safetensors", data)

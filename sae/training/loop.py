@@ -56,7 +56,7 @@ def run(
     at_once: int | None = None,
     sites: Int[Array, "..."] | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One compiled call of x.shape[0] steps; `state` is donated.
+    """One compiled call of x.shape[0] steps, no more than are left of `config.steps`; `state` is donated.
 
     x is `steps batch d_model` (`steps batch sites d_model` for a form that reads several), and of a stack all members
     see the same batches. Or it is `steps sites batch d_model`, and member i reads x[:, sites[i, 0]] and writes
@@ -64,6 +64,8 @@ def run(
     `*members 2 n` for a form that reads n. `at_once` of the members train in one vmap: all on an accelerator; on CPU one
     after another, where a batched gather is slower than single ones.
     """
+    if (left := config.steps - int(jnp.max(state.step))) < x.shape[0]:
+        raise InputError(f"x: found {x.shape[0]} steps, expected at most {left}: config.steps is {config.steps}")
     if x.ndim == 4 and _row_axes(state) == 1 and sites is None:
         sites = jnp.stack([jnp.arange(x.shape[1], dtype=jnp.int32)] * 2, axis=-1)
     if sites is not None:
@@ -88,13 +90,18 @@ def fit(
 ) -> Iterator[tuple[TrainState, StepMetrics]]:
     """Train over an iterator of device arrays, each as `run` takes it or one batch without the steps, or pairs (x, y).
 
-    Yields after every item; the state yielded before is then gone (donated). Raises NotFinite at the first bad step.
+    Yields after every item; the state yielded before is then gone (donated). Ends after `config.steps`, in the midst of
+    an item if need be, and asks for no further one. Raises NotFinite at the first bad step.
     """
-    for item in batches:
+    batches = iter(batches)
+    while (left := config.steps - int(jnp.max(state.step))) > 0:
+        item = next(batches, None)
+        if item is None:
+            return
         x, y = item if isinstance(item, tuple) else (item, None)
         if x.ndim == 1 + _row_axes(state):
             x, y = x[None], None if y is None else y[None]
-        state, metrics = run(state, x, config, y, at_once, sites)
+        state, metrics = run(state, x[:left], config, None if y is None else y[:left], at_once, sites)
         if int(jnp.max(state.bad_step)) >= 0:
             raise NotFinite(state)
         yield state, metrics
