@@ -195,3 +195,13 @@ def test_many_grids_stay_small():
 def test_what_cannot_be_shown_is_refused(broken, expected):
     with pytest.raises(sae.InputError, match=re.escape(expected)):
         report.render("t", [latent(0, 0.5, broken)])
+
+
+@given(st.floats(1e-9, 1.0))
+def test_densities_have_one_unit_and_two_digits_that_count(density):
+    said = report._percent(density)
+    number, unit = said.split(" ")
+    assert unit == "%"
+    assert "e" not in number
+    assert float(number) == pytest.approx(100 * density, rel=0.051)
+    assert report._percent(0.0) == "dead"

@@ -290,5 +290,11 @@ def test_training_ends_with_its_steps():
 def test_wrong_configs_are_refused():
     with pytest.raises(InputError, match="steps"):
         train.TrainConfig(steps=0)
+    for name, value in {
+        "steps": 2**31, "dead_after": 0, "learning_rate": -1e-3, "sparsity": float("nan"), "target_l0": -1.0,
+        "aux": float("inf"), "bandwidth": 0.0, "decay_steps": -1,
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=f"{name}: found {value}"):
+            train.TrainConfig(**{"steps": 5, name: value})
     with pytest.raises(InputError, match="warmup_steps"):
         train.TrainConfig(steps=5, warmup_steps=4, decay_steps=4)

@@ -124,7 +124,11 @@ def _escape(text: str) -> str:
 
 
 def _percent(density: float) -> str:
-    return "dead" if density == 0 else f"{density:.1%}" if density >= 0.01 else f"{density:.2g}"
+    """In percent whatever its size, with two digits that count."""
+    if density == 0:
+        return "dead"
+    digits = max(0, 1 - math.floor(math.log10(100 * density)))
+    return f"{100 * density:.{digits}f} %"
 
 
 def _index(latents: Sequence[Latent]) -> str:

@@ -1,6 +1,7 @@
 """What training is told."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from sae.errors import InputError
@@ -41,6 +42,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps: found {self.steps}, expected at least 1")
+        if self.steps >= 2**31:
+            raise InputError(f"steps: found {self.steps}, expected below 2147483648")
+        if not 1 <= self.dead_after < 2**31:
+            raise InputError(f"dead_after: found {self.dead_after}, expected 1 to 2147483647")
+        for name in ("learning_rate", "sparsity", "target_l0", "aux", "warmup_steps", "decay_steps", "bandwidth"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name}: found {value}, expected a finite number of at least 0")
+        if self.bandwidth == 0:
+            raise InputError("bandwidth: found 0, expected a number above 0")
         if self.product_dtype not in ("float32", "bfloat16"):
             raise InputError(f"product_dtype: found {self.product_dtype!r}, expected 'float32' or 'bfloat16'")
         if self.warmup_steps + self.decay_steps > self.steps:
