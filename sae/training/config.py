@@ -50,7 +50,7 @@ class TrainConfig:
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise InputError(f"{name}: found {value}, expected a finite number of at least 0")
         if self.bandwidth == 0:
-            raise InputError("bandwidth: found 0, expected a number above 0")
+            raise InputError(f"bandwidth: found {self.bandwidth}, expected a number above 0")
         if self.product_dtype not in ("float32", "bfloat16"):
             raise InputError(f"product_dtype: found {self.product_dtype!r}, expected 'float32' or 'bfloat16'")
         if self.warmup_steps + self.decay_steps > self.steps:
