@@ -74,7 +74,7 @@ class Generator(eqx.Module):
         settings = options.settings(model, width)
         plan = settings.memory_plan(model.config, prompts=prompts, width=width, samples=samples)
         plan.check_fits(free_device_bytes())
-        return cls(options.sampler, resolve_edits(options.edits, model.config), settings)
+        return cls(options.sampler, resolve_edits(options.edits, model.config, rows=prompts), settings)
 
     def prefill(
         self, model: Qwen, batch: PromptBatch

@@ -76,7 +76,7 @@ def effects(model: Qwen, tokens: Tokens, runs: Mapping[str, Sequence[AbstractEdi
 
     One compilation per bucket, names, sites and kinds of edits; arrays inside the edits may change.
     """
-    resolved = {name: resolve_edits(edits, model.config) for name, edits in runs.items()}
+    resolved = {name: resolve_edits(edits, model.config, rows=1) for name, edits in runs.items()}
     made = _effects(model, resolved, _padded(model, tokens), jnp.asarray(len(tokens), jnp.int32))
     return {name: made[name] for name in runs}
 
