@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from qwen_eqx.errors import InputError
 from qwen_eqx.model.config import QwenConfig
-from qwen_eqx.model.sites import Site
+from qwen_eqx.model.sites import HEAD_KINDS, KINDS, Site
 
 _NOWHERE = np.iinfo(np.int32).max
 Activation = Float[Array, "batch seq width"]
@@ -27,11 +27,19 @@ def _where(value: Any) -> Any:
     return np.asarray(value, np.int32) if isinstance(value, list | tuple) and value else value
 
 
+def _indices(value: Any) -> Any:
+    return np.asarray(value, np.int32) if isinstance(value, int | np.integer | list | tuple) else value
+
+
 class AbstractEdit(eqx.Module):
-    """One change at one site. Fields that are arrays may change without a new compilation."""
+    """One change at one site, or at heads or neurons of it. Fields that are arrays may change without a new compilation."""
 
     site: eqx.AbstractVar[str | Site]
     where: eqx.AbstractVar[Where]
+    head: Int[Array | np.ndarray, "*heads"] | None = eqx.field(default=None, kw_only=True, converter=_indices)
+    """One head, or several side by side, of hook_q, hook_k, hook_v or hook_z: the edit meets d_head values of each."""
+    neuron: Int[Array | np.ndarray, "*neurons"] | None = eqx.field(default=None, kw_only=True, converter=_indices)
+    """One neuron, or several, of mlp.hook_post: the edit meets one value of each."""
 
     @abstractmethod
     def edited(self, x: Activation, positions: Int[Array, "batch seq"]) -> Activation:
@@ -40,6 +48,19 @@ class AbstractEdit(eqx.Module):
     @abstractmethod
     def check(self, site: Site, config: QwenConfig) -> None:
         """Raises `InputError` if the edit's arrays do not fit the site."""
+
+    def columns(self, d_head: int) -> Int[Array, " columns"] | None:
+        """Which values of the site the edit meets; None: all of them."""
+        if self.head is not None:
+            inside = jnp.arange(d_head, dtype=jnp.int32)[None, :]
+            return (jnp.atleast_1d(jnp.asarray(self.head))[:, None] * d_head + inside).reshape(-1)
+        return None if self.neuron is None else jnp.atleast_1d(jnp.asarray(self.neuron))
+
+    def width(self, site: Site, config: QwenConfig) -> int:
+        """How many values of the site the edit meets."""
+        if self.head is not None:
+            return self.head.size * config.d_head
+        return site.width(config) if self.neuron is None else self.neuron.size
 
     @property
     def rows(self) -> dict[str, int | None]:
@@ -60,7 +81,7 @@ class Steer(AbstractEdit):
         return (x.astype(jnp.float32) + step[:, None, :]).astype(x.dtype)
 
     def check(self, site: Site, config: QwenConfig) -> None:
-        _check_width("Steer.direction", self.direction, site, config)
+        _check_width(self, "direction", site, config)
 
     @property
     def rows(self) -> dict[str, int | None]:
@@ -85,7 +106,7 @@ class Ablate(AbstractEdit):
 
     def check(self, site: Site, config: QwenConfig) -> None:
         if self.direction is not None:
-            _check_width("Ablate.direction", self.direction, site, config)
+            _check_width(self, "direction", site, config)
 
     @property
     def rows(self) -> dict[str, int | None]:
@@ -111,7 +132,7 @@ class Patch(AbstractEdit):
         return jnp.take_along_axis(values, chosen[:, :, None], axis=1).astype(x.dtype)
 
     def check(self, site: Site, config: QwenConfig) -> None:
-        _check_width("Patch.values", self.values, site, config)
+        _check_width(self, "values", site, config)
         if isinstance(self.where, str) or self.values.shape[-2] != self.where.shape[-1]:
             raise InputError(
                 f"Patch.where: found {self.where!r}, expected {self.values.shape[-2]} positions, one a value"
@@ -144,9 +165,35 @@ class Replace(AbstractEdit):
         return None
 
 
-def _check_width(name: str, value: Float[Array, "*rows width"], site: Site, config: QwenConfig) -> None:
-    if value.shape[-1] != site.width(config):
-        raise InputError(f"{name}: found width {value.shape[-1]}, expected {site.width(config)} at site '{site}'")
+def _check_width(edit: AbstractEdit, field: str, site: Site, config: QwenConfig) -> None:
+    found, wanted = getattr(edit, field).shape[-1], edit.width(site, config)
+    if found != wanted:
+        raise InputError(f"{type(edit).__name__}.{field}: found width {found}, expected {wanted} at site '{site}'")
+
+
+def _check_part(edit: AbstractEdit, site: Site, config: QwenConfig) -> None:
+    name = type(edit).__name__
+    if edit.head is not None and edit.neuron is not None:
+        raise InputError(f"{name}: found head and neuron, expected one of them")
+    for field, kinds, count in (
+        ("head", HEAD_KINDS, site.heads(config)),
+        ("neuron", ("mlp_post",), config.d_ff),
+    ):
+        chosen = getattr(edit, field)
+        if chosen is None:
+            continue
+        if site.kind not in kinds:
+            having = ", ".join(KINDS[kind][0] for kind in kinds)
+            raise InputError(f"{name}.{field}: found site '{site}', which has no {field}s, expected one of {having}")
+        if chosen.ndim > 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
+            raise InputError(f"{name}.{field}: found {chosen!r}, expected a whole number or a list of them")
+        if isinstance(chosen, Tracer):
+            continue
+        listed = np.atleast_1d(np.asarray(chosen)).tolist()
+        if wrong := [number for number in listed if not 0 <= number < count]:
+            raise InputError(f"{name}.{field}: found {wrong[0]}, expected 0..{count - 1} at site '{site}'")
+        if len(set(listed)) < len(listed):
+            raise InputError(f"{name}.{field}: found {listed}, expected each number once")
 
 
 def _rows(value: Shaped[Array | np.ndarray, "..."], dims: int) -> int | None:
@@ -176,6 +223,7 @@ def resolve_edits(
             raise InputError(
                 f"edits: where={edit.where!r}: expected 'all', 'prompt', 'generated' or an array of positions"
             )
+        _check_part(edit, site, config)
         edit.check(site, config)
         for field, found in edit.rows.items():
             if found is not None and found != rows:
@@ -204,8 +252,13 @@ class EditTap:
     """A tap that applies the edits of each site in order, at the positions each one names."""
 
     def __init__(
-        self, edits: Sequence[AbstractEdit], positions: Int[Array, "batch seq"], prompt_length: Int[Array, " batch"]
+        self,
+        edits: Sequence[AbstractEdit],
+        positions: Int[Array, "batch seq"],
+        prompt_length: Int[Array, " batch"],
+        d_head: int,
     ):
+        self.d_head = d_head
         self.edits = [_counted_from_start(edit, prompt_length) for edit in edits]
         self.positions = positions
         self.prompt_length = prompt_length
@@ -213,8 +266,10 @@ class EditTap:
     def __call__(self, site: Site, value: Activation) -> Activation:
         for edit in self.edits:
             if edit.site == site:
-                applies = self._applies(edit.where)[:, :, None]
-                value = jnp.where(applies, edit.edited(value, self.positions), value)
+                columns = edit.columns(self.d_head)
+                part = value if columns is None else value[:, :, columns]
+                part = jnp.where(self._applies(edit.where)[:, :, None], edit.edited(part, self.positions), part)
+                value = part if columns is None else value.at[:, :, columns].set(part)
         return value
 
     def _applies(self, where: Where) -> Bool[Array, "batch seq"]:

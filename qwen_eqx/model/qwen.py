@@ -165,7 +165,7 @@ def _captured(
 ) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
-    recorder = Recorder(sites, EditTap(edits, positions, lengths))
+    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config.d_head))
     x, _ = model.forward(jnp.asarray(tokens), jnp.zeros(batch, jnp.int32), tap=recorder)
     table = None
     if logits == "all":
