@@ -121,7 +121,7 @@ def test_generation_under_edits_is_the_forward_edited_by_hand(case: list):
 
 
 def test_a_plain_pass_takes_edits_too():
-    case, tokens = CASES[-1], PROMPTS[3]
+    case, tokens = CASES[-1], [*PROMPTS[3], 36, 37]  # as long as the last position in AT asks
     logits, acts = tiny.model().run_with_capture(jnp.asarray(tokens), ["blocks.1.hook_resid_post"], edits=made(case))
     expected, sites = oracles.decoder(tiny.model(), tokens, by_hand(case, len(tokens)))
     np.testing.assert_allclose(logits, expected, **tolerances.LOGITS_F32)

@@ -59,7 +59,13 @@ class Map(eqx.Module):
 
 
 def logits(model: Qwen, tokens: list[int], edits: list[AbstractEdit]) -> np.ndarray:
-    return np.asarray(model.run_with_capture(jnp.asarray(tokens), [], edits=edits)[0], np.float64)
+    """Traced, so that positions beyond a short document are not looked at: they are no fault of an effect."""
+    return np.asarray(_logits(model, jnp.asarray(tokens), edits), np.float64)
+
+
+@eqx.filter_jit
+def _logits(model: Qwen, tokens: jax.Array, edits: list[AbstractEdit]) -> jax.Array:
+    return model.run_with_capture(tokens, [], edits=edits)[0]
 
 
 def expected(model: Qwen, tokens: list[int], edits: list[AbstractEdit]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Text, ids and chats: round trips, transformers' own answers (tests/golden/make_tokens.py), and what is refused."""
 
+import inspect
 import json
 import shutil
 import unicodedata
@@ -65,6 +66,49 @@ def test_every_byte_has_a_token(data: bytes):
     alphabet = _byte_alphabet()
     ids = [tokenizer.token_to_id(alphabet[byte]) for byte in data]
     assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
+
+
+@given(text=TEXT)
+def test_offsets_cover_the_text_in_order(text: str):
+    ids, spans = load("tiny-arc").encode_with_offsets(text)
+    assert ids == load("tiny-arc").encode(text)
+    assert len(spans) == len(ids)
+    assert spans == sorted(spans)
+    assert {at for start, end in spans for at in range(start, end)} == set(range(len(text)))
+
+
+@given(text=st.text(st.characters(max_codepoint=127)))
+def test_offsets_are_what_the_tokens_say(text: str):
+    for token, (start, end) in zip(*load("tiny-arc").encode_with_offsets(text), strict=True):
+        assert load("tiny-arc").decode([token]) == text[start:end]
+
+
+def test_offsets_count_characters_and_not_bytes():
+    ids, spans = load("tiny-arc").encode_with_offsets("é🙂0")
+    assert spans[-1] == (2, 3)
+    assert load("tiny-arc").decode([ids[-1]]) == "0"
+
+
+ENCODE = inspect.unwrap(Tokenizer.encode)  # as a user meets it, without the suite's type checks
+CALLS = {
+    "called": (lambda t: t("hello"), ["tokenizer.encode(text)", "apply_chat_template"]),
+    "called as transformers' is": (lambda t: t(["a", "b"], return_tensors="np"), ["tokenizer.encode(text)"]),
+    "several texts": (lambda t: ENCODE(t, ["a", "b"]), ["list", "for text in texts"]),
+    "a conversation": (lambda t: ENCODE(t, [{"role": "user", "content": "x"}]), ["apply_chat_template"]),
+    "ids": (lambda t: ENCODE(t, [1, 2]), ["list", "tokenizer.decode"]),
+    "bytes": (lambda t: ENCODE(t, b"a"), ["bytes", "text"]),
+    "none": (lambda t: ENCODE(t, None), ["NoneType", "text"]),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_wrong_call_says_the_right_one(case: str):
+    call, parts = CALLS[case]
+    with pytest.raises(InputError) as caught:
+        call(load("tiny-arc"))
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def _byte_alphabet() -> dict[int, str]:

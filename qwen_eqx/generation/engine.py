@@ -74,7 +74,7 @@ class Generator(eqx.Module):
         settings = options.settings(model, width)
         plan = settings.memory_plan(model.config, prompts=prompts, width=width, samples=samples)
         plan.check_fits(free_device_bytes())
-        return cls(options.sampler, resolve_edits(options.edits, model.config), settings)
+        return cls(options.sampler, resolve_edits(options.edits, model.config, rows=prompts), settings)
 
     def prefill(
         self, model: Qwen, batch: PromptBatch
@@ -211,7 +211,7 @@ class Generator(eqx.Module):
         fresh: bool = False,
     ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
         """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
-        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length)
+        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:

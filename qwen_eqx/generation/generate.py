@@ -14,6 +14,7 @@ from qwen_eqx.generation.options import Options, Settings, by_keyword
 from qwen_eqx.generation.prompts import PromptBatch, Prompts, prompt_rows, prompt_width
 from qwen_eqx.generation.sample import row_keys
 from qwen_eqx.model.config import QwenConfig
+from qwen_eqx.model.edits import check_positions
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.text.ids import pad_left
 
@@ -78,6 +79,9 @@ def _prepared(model: Qwen, prompts: Prompts, options: Options) -> tuple[Generato
     rows = prompt_rows(prompts, model.config, options.max_new_tokens, options.pad_token)
     width = prompt_width(max(map(len, rows), default=1), options.prefill_chunk)
     generator = Generator.init(model, options, prompts=len(rows), width=width, samples=options.samples)
+    # a position that some row reaches may be beyond another one's end: who stops early stops before it
+    longest = max(map(len, rows), default=0) + options.max_new_tokens
+    check_positions(generator.edits, np.full(len(rows), longest))
     if options.items is not None and len(options.items) != len(rows):
         count = len(options.items)
         raise InputError(f"items: found {count} numbers, expected one for each of the {len(rows)} prompts")

@@ -20,6 +20,7 @@ from qwen_eqx.generation.options import Options, by_keyword
 from qwen_eqx.generation.prompts import prompt_rows, prompt_width
 from qwen_eqx.generation.sample import needs_seen, row_keys
 from qwen_eqx.model.cache import KVCache
+from qwen_eqx.model.edits import resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.text.ids import pad_left
 
@@ -73,6 +74,7 @@ def schedule(model: Qwen, prompts: Iterable[Sequence[int]], options: ScheduleOpt
         prompts = prompt_rows(list(prompts), model.config, options.max_new_tokens, options.pad_token)
         longest = max(map(len, prompts), default=1)
     width = prompt_width(longest, options.prefill_chunk)
+    resolve_edits(options.edits, model.config)  # a slot serves many prompts: no edit may differ by row
     generator = Generator.init(model, options, prompts=options.slots, width=width)
     return _Slots(model, generator, options).run(_arrivals(model, prompts, longest, options))
 

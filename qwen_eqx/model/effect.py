@@ -76,7 +76,7 @@ def effects(model: Qwen, tokens: Tokens, runs: Mapping[str, Sequence[AbstractEdi
 
     One compilation per bucket, names, sites and kinds of edits; arrays inside the edits may change.
     """
-    resolved = {name: resolve_edits(edits, model.config) for name, edits in runs.items()}
+    resolved = {name: resolve_edits(edits, model.config, rows=1) for name, edits in runs.items()}
     made = _effects(model, resolved, _padded(model, tokens), jnp.asarray(len(tokens), jnp.int32))
     return {name: made[name] for name in runs}
 
@@ -108,7 +108,7 @@ def _effects(
     def logits(edits: tuple[AbstractEdit, ...]) -> Float32[Array, "rows vocab"]:
         edited = {edit.site for edit in edits}
         all_edits = (*edits, *(same for same in back if same.site not in edited))
-        tap = EditTap(all_edits, places[None], length[None])
+        tap = EditTap(all_edits, places[None], length[None], model.config.d_head)
         x, _ = model.forward(tokens[None], jnp.zeros(1, jnp.int32), tap=tap)
         return model.logits(x[0])
 

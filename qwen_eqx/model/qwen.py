@@ -1,19 +1,23 @@
 """The decoder: embed, blocks, final norm, head. One forward pass serves plain calls, prefill and decoding."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
+from qwen_eqx.errors import InputError
 from qwen_eqx.model.attention import Attention
 from qwen_eqx.model.cache import KVCache, LayerCache, visible
 from qwen_eqx.model.config import QwenConfig
-from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
+from qwen_eqx.model.edits import AbstractEdit, EditTap, check_positions, resolve_edits
 from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, rounded
 from qwen_eqx.model.rope import Rotation
+from qwen_eqx.model.rows import Prompts, Rows
 from qwen_eqx.model.sites import Recorder, Site, Tap, untouched
 
 
@@ -122,12 +126,58 @@ class Qwen(eqx.Module):
         return self.logits(x[0])
 
     def run_with_capture(
-        self, tokens: Int[Array, " seq"], sites: Iterable[str], *, edits: Sequence[AbstractEdit] = ()
-    ) -> tuple[Float32[Array, "seq vocab"], dict[str, Float[Array, "seq width"]]]:
-        """Logits and the activations at `sites` (after `edits`, if any), keyed as asked; all kinds, both spellings."""
+        self,
+        prompts: Prompts,
+        sites: Iterable[str | Site],
+        *,
+        edits: Sequence[AbstractEdit] = (),
+        logits: str | None = "all",
+    ) -> tuple[Float32[Array, "*shape"] | None, dict[Any, Float[Array, "*batch seq width"]]]:
+        """Logits and the activations at `sites` (after `edits`, if any), keyed as asked; all kinds, both spellings.
+
+        `prompts` is one sequence of ids: logits [seq, vocab], activations [seq, width]. Or a batch, a list of sequences or
+        a matrix: [batch, seq, vocab] and [batch, seq, width], zeros right of each row's end. `logits` is "all", or "last"
+        for those of each row's last position alone, [batch, vocab], or None. Compiled once per bucket of lengths, batch
+        size, sites and kinds of edits; inside another `jit`, `vmap` or `grad` it is part of that.
+        """
+        if logits not in ("all", "last", None):
+            raise InputError(f"logits: found {logits!r}, expected 'all', 'last' or None")
         names = {name: Site.parse(name, self.config) for name in sites}
-        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)[None]
-        edit = EditTap(resolve_edits(edits, self.config), positions, jnp.full(1, tokens.shape[0], jnp.int32))
-        recorder = Recorder(names.values(), edit)
-        x, _ = self.forward(tokens[None], jnp.zeros(1, jnp.int32), tap=recorder)
-        return self.logits(x[0]), {name: recorder.values[site][0] for name, site in names.items()}
+        rows = Rows.of(prompts, self.config)
+        resolved = resolve_edits(edits, self.config, rows=len(rows.lengths))
+        check_positions(resolved, rows.lengths)
+        wanted = tuple(dict.fromkeys(names.values()))
+        table, values = _captured(self, resolved, rows.tokens, jnp.asarray(rows.lengths), wanted, logits)
+        if table is not None:
+            table = rows.cut(table) if logits == "all" else table[0] if rows.single else table
+        acts = {site: rows.cut(value) for site, value in values.items()}
+        return table, {name: acts[site] for name, site in names.items()}
+
+
+@eqx.filter_jit
+def _captured(
+    model: Qwen,
+    edits: tuple[AbstractEdit, ...],
+    tokens: Int[Array | np.ndarray, "batch width"],
+    lengths: Int[Array, " batch"],
+    sites: tuple[Site, ...],
+    logits: str | None,
+) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
+    batch, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
+    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config.d_head))
+    x, _ = model.forward(jnp.asarray(tokens), jnp.zeros(batch, jnp.int32), tap=recorder)
+    table = None
+    if logits == "all":
+        table = model.logits(x)
+    elif logits == "last":
+        table = model.logits(x[jnp.arange(batch), lengths - 1])
+    real = (positions < lengths[:, None])[:, :, None]
+
+    def kept(value: Float[Array, "batch width size"]) -> Float[Array, "batch width size"]:
+        # the pads of a single row are cut off anyway
+        return value if batch == 1 else jnp.where(real, value, jnp.zeros((), value.dtype))
+
+    if table is not None and table.ndim == 3:
+        table = kept(table)
+    return table, {site: kept(recorder.values[site]) for site in sites}

@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "resid_post": ("hook_resid_post", ""),
 }
 D_MODEL_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+HEAD_KINDS = ("q", "k", "v", "z")  # heads side by side
 _TL_KINDS = {tl: kind for kind, (tl, _) in KINDS.items()}
 _ORDER = {kind: number for number, kind in enumerate(KINDS)}
 _HF_KINDS = {hf: kind for kind, (_, hf) in KINDS.items() if hf is not None}
@@ -70,10 +71,15 @@ class Site:
 
     def width(self, config: QwenConfig) -> int:
         """Values per position."""
-        heads = {"q": config.heads, "z": config.heads, "k": config.kv_heads, "v": config.kv_heads}
-        if self.kind in heads:
-            return heads[self.kind] * config.d_head
+        if self.kind in HEAD_KINDS:
+            return self.heads(config) * config.d_head
         return config.d_ff if self.kind == "mlp_post" else config.d_model
+
+    def heads(self, config: QwenConfig) -> int:
+        """Heads side by side; 0 where there are none."""
+        if self.kind in ("k", "v"):
+            return config.kv_heads
+        return config.heads if self.kind in HEAD_KINDS else 0
 
 
 def describe_sites(config: QwenConfig) -> str:

@@ -73,15 +73,41 @@ class Tokenizer:
             where=str(directory),
         )
 
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        """Not the way to call it: transformers' tokenizers return a dict of padded arrays, which nothing here takes."""
+        raise InputError(
+            "tokenizer: found a call of it, expected tokenizer.encode(text) for ids, "
+            "or tokenizer.apply_chat_template(messages) for those of a conversation"
+        )
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; special tokens written in it become themselves, and nothing is added around it."""
+        return self._encoding(text).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and for each the characters `text[start:end]` that it stands for.
+
+        Tokens that share the bytes of one character all name it; together the spans cover the text.
+        """
+        encoding = self._encoding(text)
+        return encoding.ids, encoding.offsets
+
+    def _encoding(self, text: Any) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            if isinstance(text, list | tuple) and text and all(isinstance(part, str) for part in text):
+                remedy = "one text; call [tokenizer.encode(text) for text in texts]"
+            elif isinstance(text, list | tuple) and text and all(isinstance(part, Mapping) for part in text):
+                remedy = "text; tokenizer.apply_chat_template(messages) encodes a conversation"
+            else:
+                remedy = "text; tokenizer.decode(ids) makes text of ids"
+            raise InputError(f"text: found a {type(text).__name__}, expected {remedy}")
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception and TypeError
             raise InputError(f"text: found {_surrogate(text) or error}, expected text that UTF-8 can write") from None
         if not self._keeps_every_byte:
             self._check_nothing_lost(text, encoding)
-        return encoding.ids
+        return encoding
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = False) -> str:
         """The text of a list or array of token ids; bytes that are no UTF-8 become U+FFFD, and no space is cleaned up."""
