@@ -4,6 +4,11 @@
 a directory that holds several, which are then compared. Without --tasks the tasks its training held out are used.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import re
 from collections.abc import Sequence

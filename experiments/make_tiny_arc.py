@@ -3,6 +3,11 @@
 Without flags it rewrites qwen_eqx/pretrained/tiny-arc bit for bit; `--out DIR --seed 7` makes another one elsewhere.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import json
 import tempfile

@@ -3,6 +3,11 @@
 Without flags: the embedded demo model on ten tasks of ARC-AGI-1. `--model Qwen/Qwen2.5-0.5B-Instruct` loads a real one.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import itertools
 import json
@@ -16,7 +21,7 @@ import jax.numpy as jnp
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import answering, cli, files, places, predictions, prompts, provenance, rows, solve_report
+from qwen_lab import answering, cli, files, places, predictions, prompts, provenance, rows, solve_report, stopping
 from qwen_lab.answering import Answer, How, Question
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.predictions import RESCORED, Line
@@ -187,7 +192,10 @@ class Run:
         first = self.firsts[numbers.start]
         answers = answering.complete(self.model, self.tokenizer, every, self.encoder, self.how, first)
         for number, questions in asked.items():
-            answered = [(question, next(answers)) for question in questions]
+            answered = []
+            for question in questions:
+                stopping.check()
+                answered.append((question, next(answers)))
             self.tokens += sum(len(answer.tokens) for _, several in answered for answer in several)
             self.seconds += time.perf_counter() - begin
             yield number, self.lines(self.tasks[number], answered, self.firsts[number])

@@ -4,6 +4,11 @@ add:   x' = x + value · decoder_j at the site that the SAE writes.
 clamp: latent j is held at the value, and what the SAE leaves out of x stays as it was.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import math
 from collections.abc import Mapping

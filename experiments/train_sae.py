@@ -6,6 +6,11 @@ for each pair, all sites captured in one pass of the model. `--target-site` trai
 `--sweep site=IN:OUT,IN:OUT` names their pairs.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 from qwen_lab import cli, figures, jobs
 from qwen_lab.runs import Run
 from qwen_lab.settings import RunConfig
