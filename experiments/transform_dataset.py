@@ -21,7 +21,7 @@ from arc.data import content_id, reasons, task_from_examples
 from arc.files import whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
-from qwen_lab import cli, files, provenance, stopping
+from qwen_lab import cli, files, locks, provenance, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, at_least_one
 
 SAVE_EVERY = 500  # records between two savings of the state
@@ -171,7 +171,12 @@ def main(config: Config) -> None:
     if config.max_train_pairs < 2:
         raise InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
     at_least_one(config, "max_samples")
-    files.fresh_directory(config.out)
+    with locks.claimed(config.out):
+        transform(config)
+
+
+def transform(config: Config) -> None:
+    """From the source, or from where an earlier run stopped, to the finished files."""
     wanted = {key: value for key, value in files.jsonable(config).items() if key != "out"}
     done = config.out / "challenges.json"
     if done.exists():
