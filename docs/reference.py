@@ -25,7 +25,9 @@ def handed_out(package: Path) -> dict[str, str]:
 
 def imported(file: Path) -> dict[str, str]:
     """Name -> dotted source of every `from … import` of a file."""
-    nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom)]
+    body = ast.parse(file.read_text()).body
+    body += [inner for node in body if isinstance(node, ast.If) for inner in node.body]  # qwen_lab imports when asked
+    nodes = [node for node in body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
 
 

@@ -4,6 +4,11 @@
 a directory that holds several, which are then compared. Without --tasks the tasks its training held out are used.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -14,7 +19,7 @@ import numpy as np
 
 import qwen_eqx
 import sae
-from qwen_lab import cli, corpus, evaluation, figures, files, loading, pages, provenance
+from qwen_lab import cli, corpus, evaluation, figures, files, loading, locks, pages, provenance
 from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.evaluation import Data
@@ -51,7 +56,20 @@ def main(config: Config) -> None:
     model, tokenizer, model_name = config.load_model(metadata)
     dictionaries = [config.dictionary(name, one, model.config) for name, one in loaded.items()]
     documents = read_documents(config, metadata, tokenizer)
-    files.fresh_directory(config.out)
+    with locks.claimed(config.out):
+        measure(config, model, tokenizer, model_name, dictionaries, documents, given)
+
+
+def measure(
+    config: Config,
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    model_name: str,
+    dictionaries: list[Dictionary],
+    documents: list[Document],
+    given: dict[str, str],
+) -> None:
+    """Reads the documents once, and writes all that is found of each SAE."""
     provenance.record_run(config.out, config)
     reading = cli.progress(documents, len(documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], model_name)

@@ -3,6 +3,11 @@
 Without flags: the embedded demo model on six tasks of ARC-AGI-1. `--model Qwen/Qwen2.5-0.5B-Instruct` loads a real one.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import collections
 import dataclasses
 import time
@@ -16,7 +21,7 @@ from rich.table import Table
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import cli, completions, files, places, prompts, provenance, rows
+from qwen_lab import cli, completions, files, locks, places, prompts, provenance, rows, stopping
 from qwen_lab.errors import at_least_one
 from qwen_lab.prompts import Item
 
@@ -62,6 +67,18 @@ def main(config: Config) -> None:
     layers = [] if config.layers == "none" else places.parse_layers(config.layers, model.config.layers)
     capture = qwen_eqx.Capture(layers=layers, sites=config.sites, positions=config.positions)
     items = make_items(config, model.config, tokenizer)
+    with locks.claimed(config.out):
+        fill(config, model, tokenizer, capture, items)
+
+
+def fill(
+    config: Config,
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    capture: qwen_eqx.Capture,
+    items: list[Item],
+) -> None:
+    """Every shard that is missing, and what the store holds then."""
     writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
     provenance.record_run(config.out, config)
     cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
@@ -72,6 +89,7 @@ def main(config: Config) -> None:
             numbers = writer.plan.items_of(shard)
             parts, said = [], []
             for batch in [numbers[at : at + config.batch_size] for at in range(0, len(numbers), config.batch_size)]:
+                stopping.check()
                 begin = time.perf_counter()
                 out = answer(model, tokenizer, [items[number] for number in batch], capture, config)
                 seconds += time.perf_counter() - begin

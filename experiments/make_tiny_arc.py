@@ -3,6 +3,11 @@
 Without flags it rewrites qwen_eqx/pretrained/tiny-arc bit for bit; `--out DIR --seed 7` makes another one elsewhere.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import json
 import tempfile
@@ -18,7 +23,7 @@ from arc.encode import ARC24_SYMBOLS, DEFAULT_ENCODER
 from arc.grid import as_grid
 from arc.prompt import PROMPTS, answer, chat_messages
 from arc.task import Pair, Task
-from qwen_lab import cli, files
+from qwen_lab import cli, locks
 from qwen_lab.errors import InputError
 
 EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
@@ -63,8 +68,8 @@ class Config:
 def main(config: Config) -> None:
     if not 0 <= config.seed < 2**32:
         raise InputError(f"--seed: found {config.seed}, expected 0 to {2**32 - 1}")
-    files.fresh_directory(config.out)
-    make(config.out, config.seed)
+    with locks.claimed(config.out):
+        make(config.out, config.seed)
     total = sum(path.stat().st_size for path in config.out.iterdir())
     cli.console.print(f"wrote: {config.out} ({CONFIG.parameters:,} weights, {total:,} bytes)", markup=False)
     if config.out != EMBEDDED:

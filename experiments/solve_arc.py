@@ -3,6 +3,11 @@
 Without flags: the embedded demo model on ten tasks of ARC-AGI-1. `--model Qwen/Qwen2.5-0.5B-Instruct` loads a real one.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import itertools
 import json
@@ -16,7 +21,19 @@ import jax.numpy as jnp
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import answering, cli, files, places, predictions, prompts, provenance, rows, solve_report
+from qwen_lab import (
+    answering,
+    cli,
+    files,
+    locks,
+    places,
+    predictions,
+    prompts,
+    provenance,
+    rows,
+    solve_report,
+    stopping,
+)
 from qwen_lab.answering import Answer, How, Question
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.predictions import RESCORED, Line
@@ -93,12 +110,13 @@ def main(config: Config) -> None:
         raise InputError(f"--tasks {config.tasks}: found no tasks, expected at least one")
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
     cli.say_what_a_demo_is(config.model)
-    run = Run(config, model, tokenizer, tasks)
-    if run.file.done:
-        cli.console.print(f"going on after {len(run.file.done)} of {len(tasks)} tasks")
-    provenance.record_run(config.out, config)
-    run.generate()
-    finish(run)
+    with locks.claimed(config.out):
+        run = Run(config, model, tokenizer, tasks)
+        if run.file.done:
+            cli.console.print(f"going on after {len(run.file.done)} of {len(tasks)} tasks")
+        provenance.record_run(config.out, config)
+        run.generate()
+        finish(run)
 
 
 def check(config: Config) -> None:
@@ -133,7 +151,6 @@ class Run:
         filters = (qwen_eqx.Temperature(config.temperature), qwen_eqx.TopP(config.top_p))
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
-        files.fresh_directory(config.out)
         predictions.same_run(config.out, settled(config) | self.facts())
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task
@@ -187,7 +204,10 @@ class Run:
         first = self.firsts[numbers.start]
         answers = answering.complete(self.model, self.tokenizer, every, self.encoder, self.how, first)
         for number, questions in asked.items():
-            answered = [(question, next(answers)) for question in questions]
+            answered = []
+            for question in questions:
+                stopping.check()
+                answered.append((question, next(answers)))
             self.tokens += sum(len(answer.tokens) for _, several in answered for answer in several)
             self.seconds += time.perf_counter() - begin
             yield number, self.lines(self.tasks[number], answered, self.firsts[number])

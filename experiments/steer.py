@@ -4,6 +4,11 @@ add:   x' = x + value · decoder_j at the site that the SAE writes.
 clamp: latent j is held at the value, and what the SAE leaves out of x stays as it was.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -17,7 +22,7 @@ from rich.text import Text
 
 import qwen_eqx
 import sae
-from qwen_lab import cli, completions, files, loading, prompts, provenance
+from qwen_lab import cli, completions, files, loading, locks, prompts, provenance
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.places import Dictionary
 from qwen_lab.prompts import Item
@@ -64,19 +69,31 @@ def main(config: Config) -> None:
     cli.console.print(
         f"latent {latent} at {place.written}: {verb} its direction; its largest value on these prompts is {peak:.3g}"
     )
-    files.fresh_directory(config.out)
-    provenance.record_run(config.out, config)
     edits = make_edits(config, dictionary, latent, value)
-    before, after = (answer(config, model, tokenizer, items, each) for each in ((), edits))
-    show(f"latent {latent}, {config.mode}, {config.where}", items, before, after)
-    changed = float(np.mean([old["tokens"] != new["tokens"] for old, new in zip(before, after, strict=True)]))
-    cli.console.print(f"{changed:.0%} of the answers changed")
-    facts = {"latent": latent, "value": value, "site": place.written, "peak": peak, "changed": changed}
-    answers = [{"task": i.task.id, "before": a, "after": b} for i, a, b in zip(items, before, after, strict=True)]
-    files.write_json(config.out / "steer.json", facts | {"answers": answers})
-    cli.console.print(f"wrote: {config.out / 'steer.json'}")
+    facts = {"latent": latent, "value": value, "site": place.written, "peak": peak}
+    with locks.claimed(config.out):
+        compare(config, model, tokenizer, items, edits, facts)
     other = "" if not clampable(dictionary) else " (or --mode clamp)"
     cli.console.print(f"next: python experiments/steer.py --sae {config.sae} --latent {latent} --strength -4{other}")
+
+
+def compare(
+    config: Config,
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    items: list[Item],
+    edits: tuple[qwen_eqx.AbstractEdit, ...],
+    facts: dict[str, Any],
+) -> None:
+    """The answers without and with the edits, shown and written beside `facts`."""
+    provenance.record_run(config.out, config)
+    before, after = (answer(config, model, tokenizer, items, each) for each in ((), edits))
+    show(f"latent {facts['latent']}, {config.mode}, {config.where}", items, before, after)
+    changed = float(np.mean([old["tokens"] != new["tokens"] for old, new in zip(before, after, strict=True)]))
+    cli.console.print(f"{changed:.0%} of the answers changed")
+    answers = [{"task": i.task.id, "before": a, "after": b} for i, a, b in zip(items, before, after, strict=True)]
+    files.write_json(config.out / "steer.json", facts | {"changed": changed, "answers": answers})
+    cli.console.print(f"wrote: {config.out / 'steer.json'}")
 
 
 def make_items(

@@ -6,7 +6,12 @@ for each pair, all sites captured in one pass of the model. `--target-site` trai
 `--sweep site=IN:OUT,IN:OUT` names their pairs.
 """
 
-from qwen_lab import cli, figures, jobs
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
+from qwen_lab import cli, figures, jobs, locks
 from qwen_lab.runs import Run
 from qwen_lab.settings import RunConfig
 from sae.formats import saelens
@@ -17,6 +22,12 @@ def main(config: RunConfig) -> None:
     if config.source == "live":
         cli.say_what_a_demo_is(config.model)
     announce(config, job)
+    with locks.claimed(config.out):
+        train(config, job)
+
+
+def train(config: RunConfig, job: jobs.Job) -> None:
+    """From the last checkpoint to dictionaries that are measured and saved."""
     run = Run.start(config, job.members, job.source)
     if not run.fresh:
         cli.console.print(f"going on from step {run.step} of {config.steps}")

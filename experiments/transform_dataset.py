@@ -3,6 +3,11 @@
 Writes `challenges.json` and `solutions.json` in Kaggle's form, one task a line; `summary.json` says what was skipped.
 """
 
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
 import json
 import os
 from collections import Counter
@@ -16,7 +21,7 @@ from arc.data import content_id, reasons, task_from_examples
 from arc.files import whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
-from qwen_lab import cli, files, provenance
+from qwen_lab import cli, files, locks, provenance, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, at_least_one
 
 SAVE_EVERY = 500  # records between two savings of the state
@@ -102,7 +107,7 @@ def resume(config: Config, wanted: dict[str, Any]) -> tuple[State, set[str]]:
 
 
 def convert(config: Config, paths: list[str], state: State, seen: set[str]) -> None:
-    """Append tasks to the part files; the state is saved beside them, and on the way out."""
+    """Append tasks to the part files; the state is saved beside them, also when a signal ends the run."""
     why: Counter[str] = Counter(state.why)
     with (
         open(config.out / "challenges.part", "a") as challenges,
@@ -138,10 +143,11 @@ def convert(config: Config, paths: list[str], state: State, seen: set[str]) -> N
                     solutions.write(f"{dumps(task.id)}:{dumps([output.tolist()])}\n")
                     state.tasks += 1
                     advance(1)
-            if number % SAVE_EVERY == 0:
+            if number % SAVE_EVERY == 0 or stopping.asked():
                 state.record += 1  # this record is done, though the iterator has not been asked for the next
                 save()
                 state.record -= 1
+                stopping.check()
             if state.tasks == config.max_samples:
                 break
         state.why = dict(why)
@@ -165,7 +171,12 @@ def main(config: Config) -> None:
     if config.max_train_pairs < 2:
         raise InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
     at_least_one(config, "max_samples")
-    files.fresh_directory(config.out)
+    with locks.claimed(config.out):
+        transform(config)
+
+
+def transform(config: Config) -> None:
+    """From the source, or from where an earlier run stopped, to the finished files."""
     wanted = {key: value for key, value in files.jsonable(config).items() if key != "out"}
     done = config.out / "challenges.json"
     if done.exists():

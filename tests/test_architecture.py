@@ -44,8 +44,8 @@ ORDER = {
     },
     "qwen_lab": {
         "": [
-            "errors", "stopping", "files", "provenance", "cli", "prompts", "completions", "corpus", "places", "loading",
-            "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings", "sweeps", "runs", "jobs",
+            "errors", "stopping", "files", "locks", "provenance", "cli", "prompts", "completions", "corpus", "places",
+            "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings", "sweeps", "runs", "jobs",
             "answering", "predictions", "solve_report",
         ],
     },

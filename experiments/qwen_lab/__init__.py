@@ -1,28 +1,73 @@
 """Where the packages meet: what commands, scripts and notebooks share."""
 
-from qwen_lab.completions import generate as generate
-from qwen_lab.completions import outcome as outcome
-from qwen_lab.completions import read as read
-from qwen_lab.completions import tokens_of as tokens_of
-from qwen_lab.corpus import Document as Document
-from qwen_lab.corpus import documents as documents
-from qwen_lab.errors import InputError as InputError
-from qwen_lab.errors import RunError as RunError
-from qwen_lab.evaluation import Data as Data
-from qwen_lab.evaluation import evaluate as evaluate
-from qwen_lab.jobs import open_job as open_job
-from qwen_lab.jobs import train as train
-from qwen_lab.loading import load_dictionary as load_dictionary
-from qwen_lab.pages import write_page as write_page
-from qwen_lab.places import Dictionary as Dictionary
-from qwen_lab.places import Place as Place
-from qwen_lab.prompts import Item as Item
-from qwen_lab.prompts import asking as asking
-from qwen_lab.prompts import items as items
-from qwen_lab.runs import Result as Result
-from qwen_lab.runs import Run as Run
-from qwen_lab.settings import RunConfig as RunConfig
-from qwen_lab.sources import Live as Live
-from qwen_lab.sources import Stored as Stored
-from qwen_lab.stopping import Stopped as Stopped
-from qwen_lab.sweeps import Member as Member
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_lab.completions import generate as generate
+    from qwen_lab.completions import outcome as outcome
+    from qwen_lab.completions import read as read
+    from qwen_lab.completions import tokens_of as tokens_of
+    from qwen_lab.corpus import Document as Document
+    from qwen_lab.corpus import documents as documents
+    from qwen_lab.errors import InputError as InputError
+    from qwen_lab.errors import RunError as RunError
+    from qwen_lab.evaluation import Data as Data
+    from qwen_lab.evaluation import evaluate as evaluate
+    from qwen_lab.jobs import open_job as open_job
+    from qwen_lab.jobs import train as train
+    from qwen_lab.loading import load_dictionary as load_dictionary
+    from qwen_lab.pages import write_page as write_page
+    from qwen_lab.places import Dictionary as Dictionary
+    from qwen_lab.places import Place as Place
+    from qwen_lab.prompts import Item as Item
+    from qwen_lab.prompts import asking as asking
+    from qwen_lab.prompts import items as items
+    from qwen_lab.runs import Result as Result
+    from qwen_lab.runs import Run as Run
+    from qwen_lab.settings import RunConfig as RunConfig
+    from qwen_lab.sources import Live as Live
+    from qwen_lab.sources import Stored as Stored
+    from qwen_lab.stopping import Stopped as Stopped
+    from qwen_lab.sweeps import Member as Member
+
+# A name is imported when it is asked for: a command's handlers of signals stand before JAX is imported.
+_HOMES = {
+    "generate": "completions",
+    "outcome": "completions",
+    "read": "completions",
+    "tokens_of": "completions",
+    "Document": "corpus",
+    "documents": "corpus",
+    "InputError": "errors",
+    "RunError": "errors",
+    "Data": "evaluation",
+    "evaluate": "evaluation",
+    "open_job": "jobs",
+    "train": "jobs",
+    "load_dictionary": "loading",
+    "write_page": "pages",
+    "Dictionary": "places",
+    "Place": "places",
+    "Item": "prompts",
+    "asking": "prompts",
+    "items": "prompts",
+    "Result": "runs",
+    "Run": "runs",
+    "RunConfig": "settings",
+    "Live": "sources",
+    "Stored": "sources",
+    "Stopped": "stopping",
+    "Member": "sweeps",
+}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from qwen_lab import stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError
 
-DONE, BROKE, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+DONE, BROKE, BAD_INPUT = 0, 1, 2
 
 console = Console(highlight=False, soft_wrap=True)
 ConfigT = TypeVar("ConfigT")
@@ -27,7 +27,7 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     """Parses flags into `config`, runs `main`, and exits: 0 done, 1 broke, 2 wrong input, 75 stopped, 130 interrupted."""
     arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
     try:
-        with stopping.on_sigterm(stopping.stop):
+        with nullcontext() if stopping.installed() else stopping.held():
             _check_platform()
             _keep_compilations()
             main(arguments)
@@ -36,9 +36,9 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     except RunError as error:
         _fail(BROKE, f"error: {error}")
     except stopping.Stopped:
-        _fail(STOPPED, "stopped: what was finished is saved; run the same command again to go on")
+        _fail(stopping.STOPPED, stopping.LINES[stopping.STOPPED])
     except KeyboardInterrupt:
-        _fail(INTERRUPTED, "interrupted: what was finished is saved; run the same command again to go on")
+        _fail(stopping.INTERRUPTED, stopping.LINES[stopping.INTERRUPTED])
 
 
 def say_what_a_demo_is(model: str) -> None:
@@ -51,16 +51,17 @@ def say_what_a_demo_is(model: str) -> None:
 
 
 def progress(items: Iterable[ItemT], total: int, what: str, unit: str = "items") -> Iterator[ItemT]:
-    """The items, with a bar that shows rate and time left; call `advance` of `bar` for a total in other units."""
+    """The items, with a bar that shows rate and time left; a signal ends it between two of them."""
     with bar(total, what, unit) as advance:
         for item in items:
             yield item
             advance(1)
+            stopping.check()
 
 
 @contextmanager
 def bar(total: int | None, what: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields `advance(n, note="")`. Without a total nobody knows how long it will take."""
+    """A progress bar; yields `advance(n, note="")`. In it a signal waits for `stopping.check`. No total: time unknown."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -68,7 +69,7 @@ def bar(total: int | None, what: str, unit: str) -> Iterator[Callable[..., None]
         rich.progress.TextColumn(f"{unit} · {{task.fields[rate]}}{{task.fields[note]}}"),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(*columns, console=console, transient=False) as shown:
+    with stopping.held(), rich.progress.Progress(*columns, console=console, transient=False) as shown:
         task = shown.add_task(what, total=total, rate="", note="")
 
         def advance(n: int, note: str = "") -> None:
@@ -97,4 +98,6 @@ def _keep_compilations() -> None:
 
 def _fail(code: int, message: str) -> None:
     print(" ".join(message.split()), file=sys.stderr)
+    if stopping.installed() and code in stopping.LINES:
+        stopping.leave(code)
     sys.exit(code)

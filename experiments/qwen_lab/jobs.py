@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import places, prompts, sources, sweeps
+from qwen_lab import locks, places, prompts, sources, sweeps
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
@@ -31,9 +31,10 @@ def train(config: RunConfig, loaded: ModelAndTokenizer | None = None, advance: A
     `loaded` is the model and tokenizer that `config.model` names, where they are at hand already.
     """
     job = open_job(config, loaded)
-    run = Run.start(config, job.members, job.source)
-    run.proceed(advance)
-    return run.finish(job.facts)
+    with locks.claimed(config.out):
+        run = Run.start(config, job.members, job.source)
+        run.proceed(advance)
+        return run.finish(job.facts)
 
 
 def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:

@@ -4,18 +4,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 import sae
-from qwen_lab import evaluation, files, provenance, sources
+from qwen_lab import evaluation, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
 from qwen_lab.settings import RunConfig, form_of, settled
-from qwen_lab.stopping import Stopped, on_sigterm
 from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
@@ -109,10 +108,12 @@ class Run:
         return self.config.out / "checkpoints"
 
     def proceed(self, advance: Advance = quiet) -> None:
-        """Until the last step; SIGTERM or `stop` ends it earlier with Stopped, saved; RunError says what broke."""
-        with on_sigterm(lambda *_: self.stop()):
+        """Until the last step; a signal or `stop` ends it earlier, saved: Stopped, or KeyboardInterrupt after Ctrl-C."""
+        with stopping.held():
             if self.fresh:
                 self._fill()
+                if self._asked():  # before the first step there is nothing to save
+                    self._give_up()
                 self.state, _ = self._blank(self.rows.rows[: int(self.rows.size)])
             try:
                 self._loop(advance)
@@ -139,11 +140,19 @@ class Run:
             begin, spent = time.perf_counter(), dict(self.seconds)
             low, high = min(self.history[-1]["fvu"]), max(self.history[-1]["fvu"])
             advance(taken, f"fvu {low:.3f} " if low == high else f"fvu {low:.3f} to {high:.3f} ")
-            due, stop = self._due(taken), self.stopping  # read once: the signal may come at any line
-            if self.step == self.config.steps or stop or due:
+            if self.step == self.config.steps or self._due(taken):
                 self._save()
-            if stop and self.step < self.config.steps:
-                raise Stopped
+        if self.step < self.config.steps:
+            if checkpoint.steps(self.directory)[-1:] != [self.step]:
+                self._save()
+            self._give_up()
+
+    def _asked(self) -> bool:
+        return self.stopping or stopping.asked()
+
+    def _give_up(self) -> NoReturn:
+        stopping.check()
+        raise stopping.Stopped
 
     def _remember(self, measured: training.StepMetrics) -> None:
         """A call's means of every member; of dead latents the last count."""
@@ -157,10 +166,12 @@ class Run:
         return self.step // every > (self.step - taken) // every
 
     def _batches(self) -> Iterator[jax.Array]:
-        """Draws from the buffer, filling it as it empties, until the steps are done."""
+        """Draws from the buffer, filling it as it empties, until the steps are done or a signal came."""
         size = self.config.batch_size
         while self.step < self.config.steps:
             self._fill()
+            if self._asked():  # state, rows and next group agree here, so that a saved run goes on as if never stopped
+                return
             steps = min(self.config.steps_per_call, self.config.steps - self.step)
             with self._timed("buffer"):
                 self.rows, drawn = self.rows.draw(steps=steps, batch=size)
@@ -172,7 +183,7 @@ class Run:
         """Add groups until half of the buffer stays after the next draw; nothing of them comes to the host."""
         call = self.config.batch_size * self.config.steps_per_call
         dry = 0
-        while (size := int(self.rows.size)) < self.rows.capacity // 2 + call:
+        while (size := int(self.rows.size)) < self.rows.capacity // 2 + call and not self._asked():
             with self._timed("model"):
                 group = self.source.group(self.next_group % self.source.training)
                 group.rows.block_until_ready()

@@ -1,29 +1,126 @@
-"""A stop that saves first: what SIGTERM raises, and handlers that are put back."""
+"""Signals that end a run: a flag that its loops read, handlers that are in place before anything heavy is imported.
 
+A command calls `install` before its imports. Until something is `held`, Ctrl-C and SIGTERM end the process at once, for
+nothing would be lost; inside `held` they wait for the next `check`, and a second one ends it at once.
+"""
+
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import ClassVar, NoReturn
+
+STOPPED, INTERRUPTED = 75, 130
+LINES = {
+    STOPPED: "stopped: what was finished is saved; run the same command again to go on",
+    INTERRUPTED: "interrupted: what was finished is saved; run the same command again to go on",
+}
+CODES = {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt: the signal may arrive inside a call that catches every Exception
     """Asked to stop (SIGTERM); what was finished is saved."""
 
 
+class _State:
+    """Of this process, as signals are."""
+
+    installed = False
+    holders = 0
+    asked: int | None = None
+    counts: ClassVar = [0, 0]  # signals seen by the handler and by the thread that watches
+    lock = threading.RLock()  # a handler may interrupt a handler
+
+
+def install() -> None:
+    """Takes both signals for the rest of this process; only a command's own process is taken."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for number in CODES:
+        signal.signal(number, _pass)
+    # C code writes the signal's number at once: neither a compilation nor a callback of XLA's can swallow or delay it
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _State.installed = True
+    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def installed() -> bool:
+    return _State.installed
+
+
 @contextmanager
-def on_sigterm(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGTERM calls `handle` inside the with block; outside the main thread, where Python takes no handlers, it does not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handle)
+def held() -> Iterator[None]:
+    """Inside the with block a signal waits for `check`; one that nobody looked for is raised at its end."""
+    before = {}
+    if not _State.holders:
+        _State.asked = None
+        if (
+            not _State.installed and threading.current_thread() is threading.main_thread()
+        ):  # Python handles it only there
+            before = {number: signal.signal(number, _take) for number in CODES}
+    _State.holders += 1
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _State.holders -= 1
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    check()
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    """Raises at once, wherever the program stands."""
-    raise Stopped
+def asked() -> bool:
+    """Whether a signal waits for `check`."""
+    return _State.asked is not None
+
+
+def check() -> None:
+    """Raises what waits: Stopped after SIGTERM, KeyboardInterrupt after Ctrl-C."""
+    number, _State.asked = _State.asked, None
+    if number is not None:
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own end, in which threads of XLA's may still run and crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _pass(number: int, frame: FrameType | None) -> None:
+    """Between two lines of Python: the next one knows of the signal already."""
+    _note(number, 0)
+
+
+def _take(number: int, frame: FrameType | None) -> None:
+    if _State.asked is not None:
+        check()
+    _State.asked = number
+
+
+def _watch(reading: int) -> None:
+    """Also while the main thread is inside a call of C that takes minutes."""
+    while True:
+        for number in os.read(reading, 16):
+            if number in CODES:
+                _note(number, 1)
+
+
+def _note(number: int, who: int) -> None:
+    with _State.lock:
+        _State.counts[who] += 1
+        if _State.counts[who] <= _State.counts[1 - who]:
+            return  # the other one was first
+        if not _State.holders or _State.asked is not None:
+            _end(CODES[signal.Signals(number)])
+        _State.asked = number
+
+
+def _end(code: int) -> NoReturn:
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
+    os.write(2, f"{LINES[code]}\n".encode())
+    os._exit(code)

@@ -1,0 +1,123 @@
+"""Ctrl-C and SIGTERM in every phase of every command: the exit code, one line, and a run that goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_lab import stopping
+from running import ROOT, short_tasks
+from sae.training import checkpoint
+
+IMPORTS = ("jax", "-")
+COMPILE = ("jax._src.compiler", "compile_or_get_cached")
+MODEL = ("qwen_eqx.generation.generate", "generate")
+SCHEDULE = ("qwen_eqx.generation.scheduler", "schedule")
+WRITE = ("sae.files", "commit")
+TRAINING = ("sae.training.loop", "run")
+RECORD = ("arc.data", "task_from_examples")
+CODES = {"SIGINT": 130, "SIGTERM": 75}
+SMALL = {
+    "extract": "--limit 3 --max-new-tokens 4 --batch-size 2 --items-per-shard 1",
+    "solve_arc": "--limit 2 --max-new-tokens 4 --predictions-per-task 2",
+    "train_sae": "--limit 3 --held-out 1 --max-new-tokens 2 --d-sae 32 --k 4 --steps 6 --batch-size 32 --steps-per-call 2 "
+    "--max-prompt 512 --buffer-rows 8192",
+    "steer": "--limit 1 --max-new-tokens 2",
+    "evaluate_sae": "--limit 1",
+    "transform_dataset": "",
+    "make_tiny_arc": "",
+}
+CASES = [
+    (command, IMPORTS, number) for command in SMALL for number in CODES if number == "SIGINT" or command == "extract"
+]
+CASES += [
+    ("extract", COMPILE, "SIGINT"), ("extract", MODEL, "SIGTERM"), ("extract", WRITE, "SIGINT"),
+    ("solve_arc", COMPILE, "SIGTERM"), ("solve_arc", SCHEDULE, "SIGINT"), ("solve_arc", WRITE, "SIGINT"),
+    ("train_sae", MODEL, "SIGINT"), ("train_sae", TRAINING, "SIGINT"), ("train_sae", TRAINING, "SIGTERM"),
+    ("transform_dataset", RECORD, "SIGINT"), ("transform_dataset", WRITE, "SIGTERM"),
+    ("make_tiny_arc", COMPILE, "SIGINT"),
+]  # fmt: skip
+
+
+def flags_of(command: str, where: Path) -> list[str]:
+    flags = [*SMALL[command].split(), "--out", str(where / "out")]
+    if command in ("extract", "solve_arc", "train_sae"):
+        flags += ["--tasks", str(short_tasks(where))]
+    if command == "transform_dataset":
+        pairs = [[[[colour]], [[colour]]] for colour in range(4)]
+        (where / "data.jsonl").write_text(json.dumps({"examples": pairs}) + "\n")
+        flags += ["--dataset", str(where / "data.jsonl")]
+    return flags
+
+
+def run_until(number: str, phase: tuple[str, str], command: str, flags: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command that gets a signal in a phase."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kill_at.py"), number, *phase, command, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "phase", "number"), CASES, ids=lambda value: value if isinstance(value, str) else value[1]
+)
+def test_a_signal_ends_a_command_in_one_line(command: str, phase: tuple[str, str], number: str, tmp_path: Path):
+    done = run_until(number, phase, command, flags_of(command, tmp_path))
+    assert done.returncode == CODES[number], done.stderr
+    assert done.stderr == stopping.LINES[CODES[number]] + "\n"
+    if phase == TRAINING:
+        assert checkpoint.steps(tmp_path / "out" / "checkpoints") == [2]
+    if phase == RECORD:
+        assert json.loads((tmp_path / "out" / "state.json").read_text())["tasks"] == 1
+
+
+HELD = """
+import os, signal, time
+import qwen_lab.stopping as stopping
+stopping.install()
+with stopping.held():
+    os.kill(os.getpid(), signal.{first})
+    time.sleep(0.2)
+    assert stopping.asked()
+    os.kill(os.getpid(), signal.{second})
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_a_second_signal_ends_at_once(first: str, second: str):
+    code = HELD.format(first=first, second=second)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == CODES[second]
+    assert done.stderr == stopping.LINES[CODES[second]] + "\n"
+
+
+def test_a_signal_waits_for_check_and_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in stopping.CODES]
+    reached = []
+
+    def checked() -> None:
+        with stopping.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(stopping.asked())
+            stopping.check()
+
+    def unchecked() -> None:
+        with stopping.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        checked()
+    with pytest.raises(stopping.Stopped):
+        unchecked()
+    assert reached == [True, True]
+    assert [signal.getsignal(number) for number in stopping.CODES] == before
+    stopping.check()
