@@ -84,6 +84,12 @@ class Qwen(eqx.Module):
             config,
         )
 
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = f"layers={c.layers}, d_model={c.d_model}, heads={c.heads}/{c.kv_heads}, d_ff={c.d_ff}, vocab={c.vocab}"
+        dtype = getattr(self.embed.table, "dtype", "no arrays")  # a tree of anything may have this shape
+        return f"Qwen({c.model_type}, {sizes}, max_seq={c.max_seq}, {dtype}, {c.parameters:,} parameters)"
+
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of weights, residual stream and, unless asked otherwise, cache."""

@@ -40,6 +40,13 @@ class Tokenizer:
     files: Mapping[str, bytes]  # the files it was read from, kept word for word
     where: str
 
+    def __repr__(self) -> str:
+        chat = "with" if self.chat_template is not None else "without"
+        tokens = self.backend.get_vocab_size(with_added_tokens=True)
+        return (
+            f"Tokenizer({tokens:,} tokens of a vocabulary of {self.vocab_size:,}, {chat} chat template, {self.where!r})"
+        )
+
     @classmethod
     def from_directory(cls, directory: str | Path, *, vocab_size: int | None = None) -> "Tokenizer":
         """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a directory."""
