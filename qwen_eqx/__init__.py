@@ -2,6 +2,7 @@
 
 from importlib import metadata as _metadata
 
+from qwen_eqx.errors import DiskFull as DiskFull
 from qwen_eqx.errors import InputError as InputError
 from qwen_eqx.generation.engine import GenerationState as GenerationState
 from qwen_eqx.generation.engine import Generator as Generator

@@ -1,10 +1,22 @@
 """What is wrong with the input, in one line a person can act on."""
 
+import errno
 from numbers import Integral
+from pathlib import Path
 
 
 class InputError(ValueError):
     """Bad input: the message names file or argument, field, found and expected; commands exit with 2."""
+
+
+class DiskFull(OSError):
+    """No room to write: the message names path, bytes needed and bytes free; commands exit with 1."""
+
+    def __init__(self, path: Path, needed: int, free: int):
+        super().__init__(
+            f"{path}: found {free:,} bytes free or allowed, expected {needed:,}; free some, or write elsewhere"
+        )
+        self.errno, self.path, self.needed, self.free = errno.ENOSPC, path, needed, free
 
 
 def positive(name: str, value: object) -> None:
