@@ -4,6 +4,8 @@ import errno
 from numbers import Integral
 from pathlib import Path
 
+MOST = 2**31 - 1  # sizes and positions are int32 on the device
+
 
 class InputError(ValueError):
     """Bad input: the message names file or argument, field, found and expected; commands exit with 2."""
@@ -20,6 +22,8 @@ class DiskFull(OSError):
 
 
 def positive(name: str, value: object) -> None:
-    """Raises `InputError` unless `value` is a whole number above zero."""
+    """Raises `InputError` unless `value` is a whole number from 1 to `MOST`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise InputError(f"{name}: found {value!r}, expected a whole number of at least 1")
+    if int(value) > MOST:
+        raise InputError(f"{name}: found {value!r}, expected a whole number of at most {MOST}")
