@@ -1,5 +1,8 @@
 """A Qwen2, Qwen2.5 or dense Qwen3 decoder as pure Equinox modules, generating and captured inside one compiled loop."""
 
+from importlib import metadata as _metadata
+
+from qwen_eqx.errors import DiskFull as DiskFull
 from qwen_eqx.errors import InputError as InputError
 from qwen_eqx.generation.engine import GenerationState as GenerationState
 from qwen_eqx.generation.engine import Generator as Generator
@@ -45,3 +48,8 @@ from qwen_eqx.model.sites import Site as Site
 from qwen_eqx.text.tokenizer import Tokenizer as Tokenizer
 from qwen_eqx.weights.hf import from_pretrained as from_pretrained
 from qwen_eqx.weights.hf import save_pretrained as save_pretrained
+
+try:
+    __version__ = _metadata.version("qwen-eqx")
+except _metadata.PackageNotFoundError:  # a checkout that nobody installed
+    __version__ = "0+unknown"

@@ -1,14 +1,52 @@
 """Small files in and out: what a person may have got wrong is said in one line, and nothing is left half-written."""
 
+import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qwen_eqx.errors import InputError
+from qwen_eqx.errors import DiskFull, InputError
 
 MAX_JSON_BYTES = 1 << 28  # Qwen's tokenizer.json is 11 MB; a file beyond this is not one of ours
 LFS_HEAD = b"version https://git-lfs"
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the largest file allowed
+
+
+def local_path(name: str | Path, argument: str) -> Path:
+    """The path a name stands for, there or not, with `~` for the home directory; raises where no system takes it for one."""
+    try:
+        path = Path(name).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or no access; ~nobody; a NUL or a lone surrogate
+        said = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        shown = repr(str(name)) if len(str(name)) <= 100 else f"{str(name)[:100]!r}… of {len(str(name))} characters"
+        raise InputError(f"{argument}: found {shown} ({said}), expected a path that can be read") from None
+    return path
+
+
+@contextmanager
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Around what writes `needed` bytes at `path`: raises `DiskFull` before it if they do not fit, or if they did not."""
+    free = _free(path)
+    if needed > free:
+        raise DiskFull(path, needed, free)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise DiskFull(path, needed, _free(path)) from None
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(path if path.is_dir() else path.parent).free
 
 
 def is_lfs_pointer(head: bytes) -> bool:
@@ -25,10 +63,12 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
         if size > limit:
             raise InputError(f"{path}: found {size} bytes, expected at most {limit}")
         data = path.read_bytes()
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: found no such file, expected it in this directory") from None
-    except OSError as error:
-        raise InputError(f"{path}: found {error.strerror}, expected a readable file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+        raise InputError(f"{path}: found {getattr(error, 'strerror', error)}, expected a readable file") from None
     if is_lfs_pointer(data):
         raise InputError(f"{path}: found a Git LFS pointer, expected the data; run `git lfs pull` in that directory")
     return data

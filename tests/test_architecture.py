@@ -15,7 +15,7 @@ ORDER = {
     "qwen_eqx": {
         "": ["errors", "files"],
         "text": ["chat", "ids", "tokenizer"],
-        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "rows", "qwen", "effect"],
+        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "room", "rows", "qwen", "effect"],
         "generation": [
             "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
         ],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,3 +130,71 @@ def test_saving_onto_a_file(tmp_path: Path):
         qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "new", max_shard_bytes=0)
     assert (tmp_path / "taken").read_text() == "mine"
     assert not (tmp_path / "new").exists()
+
+
+NO_PATHS = {
+    "longer than the system takes": "x" * 5000,
+    "a name longer than the system takes": "/tmp/" + "y" * 300,
+    "nobody's": "~nobody-of-that-name/model",
+    "with a NUL": "a\0b",
+    "a lone surrogate": "a\ud800b",
+}
+
+
+PATH_CALLS = {
+    "load": qwen_eqx.from_pretrained,
+    "load a path": lambda given: qwen_eqx.from_pretrained(Path(given)),
+    "tokenizer": qwen_eqx.Tokenizer.from_directory,
+    "save": lambda given: qwen_eqx.save_pretrained(*qwen_eqx.from_pretrained("tiny-arc"), given),
+}
+
+
+@pytest.mark.parametrize("name", NO_PATHS)
+@pytest.mark.parametrize("call", PATH_CALLS)
+def test_what_the_system_takes_for_no_path(call: str, name: str):
+    with pytest.raises(InputError, match=r"^(model|directory): found ") as caught:
+        PATH_CALLS[call](NO_PATHS[name])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_saving_below_a_file_or_onto_directories(tmp_path: Path):
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"directory: found .*Not a directory"):
+        qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "file" / "below")
+    (tmp_path / "model" / "config.json").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"config\.json: found a directory"):
+        qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_directory_in_a_files_place(single: Path, name: str):
+    (single / name).unlink()
+    (single / name).mkdir()
+    refuse(single, lambda _: None, re.escape(name))
+
+
+def test_a_disk_that_fills_up(tmp_path: Path):
+    """The largest file that the process may write stands for a disk: the kernel refuses in the middle of a write."""
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    for room in (100, 60_000, 200_000):  # in a small file, and at two places in the weights
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(qwen_eqx.DiskFull, match=r"model\.safetensors: found [\d,]+ bytes free") as caught:
+                qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "model")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert isinstance(caught.value, OSError)
+        assert caught.value.needed > room
+        assert "\n" not in str(caught.value)
+        assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(qwen_eqx.DiskFull, match=r"found 1,000 bytes free"):
+        qwen_eqx.save_pretrained(*qwen_eqx.from_pretrained("tiny-arc"), tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []

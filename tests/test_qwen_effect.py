@@ -1,5 +1,6 @@
 """What edits do to predictions: sums in float64 over plain logits, and exactly nothing where nothing is changed."""
 
+import dataclasses
 from typing import ClassVar
 
 import equinox as eqx
@@ -199,9 +200,19 @@ def test_captured_is_what_a_plain_pass_captures(tokens):
         np.testing.assert_array_equal(value[: len(TOKENS)], found[site])
 
 
+def test_a_bucket_may_be_wider_than_the_model():
+    """48 positions for 33 tokens, of a model that holds 40."""
+    model = tiny.random_model(dataclasses.replace(tiny.CONFIGS["qwen2"], max_seq=40))
+    padded = captured_padded(model, TOKENS + TOKENS[:12], ["model.layers.1"])["model.layers.1"]
+    np.testing.assert_array_equal(
+        padded[:33], captured(model, TOKENS + TOKENS[:12], ["model.layers.1"])["model.layers.1"]
+    )
+    assert padded.shape[0] == 48
+
+
 BAD = {
     "an id beyond the vocabulary": (lambda: effect(tiny.model(), [1, 97], []), [r"tokens[1]", "97"]),
-    "an id to capture": (lambda: captured(tiny.model(), [-1], ["model.layers.0"]), [r"tokens[0]", "-1"]),
+    "an id to capture": (lambda: captured(tiny.model(), [-1], ["model.layers.0"]), [r"prompts[0]", "-1"]),
     "an unknown site": (lambda: effect(tiny.model(), TOKENS, [Ablate(site="model.layers.7")]), ["model.layers.7"]),
     "another width": (
         lambda: effect(tiny.model(), TOKENS, [Steer(jnp.ones(5), site="model.layers.0")]), ["Steer.direction", "5"]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import time
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -294,6 +295,72 @@ HOSTILE = [
     "{{ " + "(" * 9000 + ")" * 9000 + " }}",
     "x" * 70000,
 ]  # fmt: skip
+
+
+def doubled(what: str, start: str = "[1]", step: str = "[{0}, {0}]") -> str:
+    """Two equal values that share nothing, each of 2^24 parts in a few hundred bytes, and what is done to them."""
+    sets = "".join(f"{{% set n.{x} = {step.format('n.' + x)} %}}" for x in "ab")
+    begin = f"{{% set n = namespace(a={start}, b={start}) %}}"
+    return begin + f"{{% for i in range(24) %}}{sets}{{% endfor %}}" + what
+
+
+COMPARING = [
+    "{{ n.a == n.b }}",
+    "{{ n.a != n.b }}",
+    "{{ n.a < n.b }}",
+    "{{ 1 < 2 < 3 and n.a >= n.b }}",
+    "{{ n.a in [n.b] }}",
+    "{{ n.a not in [n.b] }}",
+    "{{ n.a is eq(n.b) }}",
+    "{{ n.a is in([n.b]) }}",
+    "{{ [n.a] | select('==', n.b) | list | length }}",
+    "{{ [{'x': n.a}] | rejectattr('x', 'equalto', n.b) | list | length }}",
+    "{{ [n.a, n.b] | sort | length }}",
+    "{{ ([n.a, n.b] | max) | length }}",
+    "{{ [n.a, n.b] | min | length }}",
+    "{{ {'x': n.a, 'y': n.b} | dictsort(by='value') | length }}",
+    "{{ [{'x': n.a}, {'x': n.b}] | groupby('x') | length }}",
+    "{{ [n.a].index(n.b) }}",
+    "{{ [n.a].count(n.b) }}",
+    "{% for x in [n.a, n.b] %}{{ loop.changed(x) }}{% endfor %}",
+]
+HASHING = ["{{ {n.a: 1} | length }}", "{{ {}[n.a] }}", "{{ {}.get(n.a) }}", "{{ n.a in {} }}",
+           "{{ dict([(n.a, 1)]) | length }}", "{{ [n.a, n.b] | unique | list | length }}"]  # fmt: skip
+SHARING = [doubled(what) for what in COMPARING] + [doubled(what, "(1,)", "({0}, {0})") for what in HASHING]
+
+
+@pytest.mark.parametrize("template", SHARING, ids=[*COMPARING, *HASHING])
+def test_values_that_are_large_only_inside_are_not_compared(template: str):
+    began = time.process_time()
+    with pytest.raises(InputError, match=r"found more than \d+ characters of work"):
+        render(template)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ 1 < 2 < 3 }}{{ 1 < 2 > 5 }}{{ 3 >= 3 }}{{ 1 <= 0 }}{{ 1 != 1 }}", "TrueFalseTrueFalseFalse"),
+        ("{{ 'a' in 'cab' }}{{ 'role' in messages[0] }}{{ 'x' not in messages[0] }}", "TrueTrueTrue"),
+        ("{{ messages[0].content is in(['<é>']) }}{{ nothing == none }}{{ 'a' in nothing }}", "TrueFalseFalse"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
+        ("{{ messages == messages }}{{ [1, [2]] == [1, [2]] }}{{ [1] < [2] }}{{ [1] in [[1]] }}", "TrueTrueTrueTrue"),
+        ("{{ {'b': 1, 'a': 2} | dictsort }}{{ [3, 1] | sort }}{{ {(1, 2): 3}[(1, 2)] }}", "[('a', 2), ('b', 1)][1, 3]3"),
+        ("{{ messages[0].get('role') }}{{ [1, 2].index(2) }}{{ 'aa'.count('a') }}", "user12"),
+    ],
+)  # fmt: skip
+def test_comparisons_are_pythons(template: str, expected: str):
+    assert render(template) == expected
+
+
+def test_a_long_conversation_may_be_compared_at_every_turn():
+    """What models' own templates do: look into each message's text, and at its role."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' and '</think>' in m.content and m.content != messages[-1].content %}"
+        "x{% endif %}{% if 'tool_calls' in m or m == messages[-1] %}y{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": f"{n}</think>" + "long " * 2000} for n in range(200)]
+    assert render(template, chat) == "x" * 199 + "y"
 
 
 @pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:40])

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from qwen_eqx.generation.buffer import ActivationBuffer
-from qwen_eqx.generation.memory import free_device_bytes
 from qwen_eqx.generation.options import Options, Settings
 from qwen_eqx.generation.prompts import PromptBatch
 from qwen_eqx.generation.sample import AbstractSampler, needs_seen
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
 from qwen_eqx.model.qwen import Qwen
+from qwen_eqx.model.room import free_device_bytes
 from qwen_eqx.model.sites import Recorder
 
 

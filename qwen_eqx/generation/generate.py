@@ -1,5 +1,6 @@
 """`generate`: prompts in, tokens, log-probabilities and activations out, through one compiled function per shape."""
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -27,6 +28,14 @@ class Generation(eqx.Module):
     log_probs: Float32[Array, "batch new"]  # natural logarithm, under the model before any filter; 0 after the stop
     activations: Float[Array, "sites batch new d_model"] | None  # index t produced token t; 0 after the stop
     prompt_activations: Float[Array, "sites prompts prompt d_model"] | None  # right-aligned; 0 at pads
+
+    def __repr__(self) -> str:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shown = [
+            f"{name}={value.dtype}{list(value.shape)}" if hasattr(value, "shape") else f"{name}={value}"
+            for name, value in fields.items()
+        ]
+        return f"Generation({', '.join(shown)})"
 
 
 @by_keyword(Options)

@@ -1,15 +1,13 @@
 """How many bytes a generation takes, known before anything is allocated."""
 
 import dataclasses
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qwen_eqx.errors import InputError
 from qwen_eqx.model.cache import cache_bytes
 from qwen_eqx.model.config import QwenConfig
+from qwen_eqx.model.room import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +42,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         return f"KV cache {self.cache_bytes / 1e6:,.1f} MB, captured activations {self.capture_bytes / 1e6:,.1f} MB"
 
-    def check_fits(self, free_bytes: int | None) -> None:
+    def check_fits(self, free_bytes: int | None, lower: str = "max_new_tokens or the number of rows") -> None:
         """Raises `InputError` saying what to lower if the plan needs more than `free_bytes` (None: not known)."""
-        if free_bytes is not None and self.total_bytes > free_bytes:
-            lower = "max_new_tokens or the number of rows"
-            if self.capture_bytes > self.cache_bytes:
-                lower = f"the captured sites or positions, {lower}"
-            raise InputError(
-                f"memory: {self} do not fit in the {free_bytes / 1e6:,.1f} MB that are free; lower {lower}"
-            )
-
-
-def free_device_bytes() -> int | None:
-    """Free memory of the first device; None where the platform does not say."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return _free_host_bytes()
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None
-
-
-def _free_host_bytes() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not Linux
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+        if self.capture_bytes > self.cache_bytes:
+            lower = f"the captured sites or positions, {lower}"
+        check_room(str(self), self.total_bytes, free_bytes, lower)

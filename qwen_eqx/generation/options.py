@@ -88,6 +88,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "prefill_chunk"):
             positive(name, getattr(self, name))
+        if self.key is not None and not hasattr(self.key, "dtype"):
+            raise InputError(f"key: found {self.key!r}, expected a key; jax.random.key(seed) makes one of a number")
 
     def settings(self, model: Qwen, width: int) -> Settings:
         """What is fixed when the loop is compiled for prompts of this width, checked against the model."""

@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from qwen_eqx.errors import InputError, positive
+from qwen_eqx.generation.memory import MemoryPlan
 from qwen_eqx.generation.prompts import PREFILL_CHUNK, prompt_rows, prompt_width
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.qwen import Qwen
+from qwen_eqx.model.room import free_device_bytes
 from qwen_eqx.text.ids import bucket, check_ids, pad_left, pad_right
 
 _POSITIONS = 16  # logits are made for this many positions at a time: a whole row of them would be gigabytes
@@ -38,8 +40,10 @@ def score(
     asked = prompt_rows(prompts, model.config, max(longest, 1))  # pyright: ignore[reportArgumentType]
     shared = _shared_prefix([row + answer for row, answer in zip(asked, answers, strict=True)], asked)
     rests = [row[shared:] + answer for row, answer in zip(asked, answers, strict=True)]
-    past = _read_prefix(model, asked[0][:shared]) if shared else None
     seq = bucket(max(map(len, rests), default=1))
+    plan = MemoryPlan.of(model.config, batch=batch_size, kv_seq=shared + seq, cache_dtype=model.dtype)
+    plan.check_fits(free_device_bytes(), lower="batch_size")
+    past = _read_prefix(model, asked[0][:shared]) if shared else None
     results = []
     for at in range(0, len(rests), batch_size):
         batch = rests[at : at + batch_size]

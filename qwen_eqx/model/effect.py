@@ -34,7 +34,7 @@ class Given(eqx.Module):
 
 def captured(model: Qwen, tokens: Tokens, sites: Iterable[str]) -> dict[str, Float[Array, "seq width"]]:
     """What stands at each site when the model reads these tokens, in one pass."""
-    return {site: values[: len(tokens)] for site, values in captured_padded(model, tokens, sites).items()}
+    return model.run_with_capture(tokens, sites, logits=None)[1]
 
 
 def captured_padded(model: Qwen, tokens: Tokens, sites: Iterable[str]) -> dict[str, Float[Array, "rows width"]]:
@@ -88,7 +88,7 @@ def _padded(model: Qwen, tokens: Tokens) -> Int[Array, " rows"]:
 
 @eqx.filter_jit
 def _captured(model: Qwen, tokens: Int[Array, " rows"], sites: tuple[str, ...]) -> dict[str, Array]:
-    return model.run_with_capture(tokens, sites)[1]
+    return model.run_with_capture(tokens, sites, logits=None)[1]
 
 
 def _same(x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:

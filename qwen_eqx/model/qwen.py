@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
@@ -16,6 +17,7 @@ from qwen_eqx.model.cache import KVCache, LayerCache, visible
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.edits import AbstractEdit, EditTap, check_positions, resolve_edits
 from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, rounded
+from qwen_eqx.model.room import check_room, free_device_bytes
 from qwen_eqx.model.rope import Rotation
 from qwen_eqx.model.rows import Prompts, Rows
 from qwen_eqx.model.sites import Recorder, Site, Tap, untouched
@@ -84,6 +86,12 @@ class Qwen(eqx.Module):
             config,
         )
 
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = f"layers={c.layers}, d_model={c.d_model}, heads={c.heads}/{c.kv_heads}, d_ff={c.d_ff}, vocab={c.vocab}"
+        dtype = getattr(self.embed.table, "dtype", "no arrays")  # a tree of anything may have this shape
+        return f"Qwen({c.model_type}, {sizes}, max_seq={c.max_seq}, {dtype}, {c.parameters:,} parameters)"
+
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of weights, residual stream and, unless asked otherwise, cache."""
@@ -147,11 +155,22 @@ class Qwen(eqx.Module):
         resolved = resolve_edits(edits, self.config, rows=len(rows.lengths))
         check_positions(resolved, rows.lengths)
         wanted = tuple(dict.fromkeys(names.values()))
+        if not isinstance(rows.tokens, Tracer):  # a shape that is only asked about takes no memory
+            _check_room(self.config, rows, wanted, logits, self.dtype.itemsize)
         table, values = _captured(self, resolved, rows.tokens, jnp.asarray(rows.lengths), wanted, logits)
         if table is not None:
             table = rows.cut(table) if logits == "all" else table[0] if rows.single else table
         acts = {site: rows.cut(value) for site, value in values.items()}
         return table, {name: acts[site] for name, site in names.items()}
+
+
+def _check_room(config: QwenConfig, rows: Rows, sites: tuple[Site, ...], logits: str | None, itemsize: int) -> None:
+    batch, width = rows.tokens.shape
+    logit_bytes = 4 * batch * config.vocab * {"all": width, "last": 1, None: 0}[logits]
+    act_bytes = batch * width * itemsize * sum(site.width(config) for site in sites)
+    what = f"logits, {logit_bytes / 1e6:,.1f} MB, and activations, {act_bytes / 1e6:,.1f} MB,"
+    lower = "the number of rows, tokens or sites" + (", or ask for logits='last'" if logits == "all" else "")
+    check_room(what, logit_bytes + act_bytes, free_device_bytes(), lower)
 
 
 @eqx.filter_jit

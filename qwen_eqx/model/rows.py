@@ -29,10 +29,10 @@ class Rows:
     def of(cls, prompts: Prompts, config: QwenConfig) -> "Rows":
         """Raises `InputError` for ids outside the vocabulary, rows without tokens and rows longer than the model.
 
-        Ids that are traced cannot be looked at: they are taken as they stand, one length for all rows.
+        Ids that are traced cannot be looked at, nor which of them are pads: they are taken as they stand.
         """
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(prompts)):
-            return cls._traced(prompts, config)
+            return cls._traced(prompts)
         if getattr(prompts, "ndim", 1) not in (1, 2):
             raise InputError(f"prompts: found an array of shape {np.shape(prompts)}, expected [seq] or [batch, seq]")
         listed = list(np.asarray(prompts)) if hasattr(prompts, "__array__") else _listed(prompts)
@@ -43,7 +43,7 @@ class Rows:
         return cls(pad_right(rows, bucket(int(lengths.max())), 0), lengths, single)
 
     @classmethod
-    def _traced(cls, prompts: Prompts, config: QwenConfig) -> "Rows":
+    def _traced(cls, prompts: Prompts) -> "Rows":
         try:
             tokens = jnp.asarray(prompts)
         except (TypeError, ValueError):
@@ -54,7 +54,8 @@ class Rows:
             )
         single = tokens.ndim == 1
         tokens = tokens[None] if single else tokens
-        _check_length(tokens.shape[1], config, "prompts")
+        if not tokens.shape[1]:
+            raise InputError("prompts: found no token, expected at least one")
         return cls(tokens, np.full(tokens.shape[0], tokens.shape[1], np.int32), single)
 
     def cut(self, value: Shaped[Array, "batch width ..."]) -> Shaped[Array, "..."]:

@@ -5,6 +5,7 @@ caps are ours, because the sandbox alone stops neither an endless loop nor `'x' 
 """
 
 import json
+import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -23,17 +24,26 @@ MAX_TEMPLATE_CHARS = 1 << 16
 MAX_PIECE = 1 << 22  # the length of one value inside a template
 MAX_WORK = 1 << 26  # characters and items made or touched while rendering once
 ITEM = 1 << 9  # what walking over one item costs, in characters
+_SEARCHED = 16  # characters of a text that are searched in the time that one is made
 TURN = 1 << 12  # the least that one turn of a loop or one call costs
 MAX_WIDTH = 1 << 12  # a padding width or an exponent
 MAX_BITS = 1 << 9  # of a whole number
 GROWING = {"replace", "join", "translate", "indent"}  # results as long as the product of their arguments
 PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "wordwrap", "round"}
-# filters that hand their items on; every other one may print what is inside them
+# filters that hand their items on; every other one may print or compare what is inside them
 HANDING = {
-    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
-    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
+    "attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random", "reject",
+    "rejectattr", "reverse", "select", "selectattr", "slice", "sum",
 }  # fmt: skip
-PRINTING = {"format", "format_map", "join"}  # the methods that do
+PRINTING = {"format", "format_map", "join"}  # the methods that print
+COMPARING = {"changed", "count", "dict", "fromkeys", "get", "index"}  # calls that compare or hash what is inside
+COMPARISONS = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le, "gt": operator.gt, "gteq": operator.ge,
+    "in": lambda item, items: item in items, "notin": lambda item, items: item not in items,
+}  # fmt: skip
+COMPARING_TESTS = {
+    "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le", "lessthan", "lt", "ne",
+}  # fmt: skip
 
 
 class _TooMuch(Exception):
@@ -61,6 +71,18 @@ class _Meter:
         if isinstance(value, Collection):
             return self.charge(ITEM) + sum(self.measure(item) for item in value)
         return self.charge(ITEM)
+
+    def compared(self, left: Any, right: Any) -> None:
+        """Charge what comparing two values, or looking for one in the other, may touch: no more than the smaller has."""
+        nested = [isinstance(value, Collection) and not isinstance(value, str) for value in (left, right)]
+        if not any(nested):
+            texts = [len(value) for value in (left, right) if isinstance(value, str)]
+            self.charge(min(texts, default=1) + max(texts, default=0) // _SEARCHED)
+        elif all(nested):
+            self.measure(left)
+            self.measure(right)
+        else:  # a plain value meets the items of the other one by one, and goes into none of them
+            self.charge(sum(len(value) for value in (left, right) if isinstance(value, Collection)))
 
     def made(self, value: Any) -> Any:
         """Pass on a value that a template made, unless it is too large."""
@@ -119,6 +141,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.filters = {name: self._metered(name, function) for name, function in self.filters.items()}
         self.filters |= {"tojson": self._to_json, "_metered_loop": self._loop, "_metered_concat": self._concat}
+        self.filters |= {"_metered_compare": self._compare, "_metered_key": self._printed}
+        self.tests |= {name: self._comparing(self.tests[name]) for name in COMPARING_TESTS}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Metering().visit(super()._parse(source, name, filename))
@@ -135,6 +159,22 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _concat(self, parts: list[Any]) -> str:
         self.meter.measure(parts)
         return self.meter.made("".join(map(str, parts)))
+
+    def _compare(self, values: list[Any], names: list[str]) -> Any:
+        """`a < b < c` is a < b and b < c."""
+        found: Any = True
+        for name, left, right in zip(names, values, values[1:], strict=False):
+            self.meter.compared(left, right)
+            if not (found := COMPARISONS[name](left, right)):
+                break
+        return found
+
+    def _comparing(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        def metered(left: Any, right: Any) -> Any:
+            self.meter.compared(left, right)
+            return test(left, right)
+
+        return metered
 
     def _to_json(self, value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         # Jinja's own filter escapes HTML, which a prompt is not
@@ -155,7 +195,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
         name = getattr(obj, "__name__", "")
         self.meter.before(name, [owner, *arguments, *named.values()], prints=name in PRINTING)
+        if name in COMPARING:
+            for value in [owner, *arguments, *named.values()] if name in ("count", "index") else arguments:
+                self.meter.measure(value)
         return self.meter.made(super().call(context, obj, *arguments, **named))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):  # which is hashed with all that is in it
+            self.meter.measure(argument)
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
@@ -171,7 +219,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Puts the meter where the sandbox has no hook: into every loop, and in place of `a ~ b`."""
+    """Puts the meter where the sandbox has no hook: into every loop, key and comparison, and in place of `a ~ b`."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -182,6 +230,17 @@ class _Metering(NodeTransformer):
         self.generic_visit(node)
         parts = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(parts, "_metered_concat", [], [], None, None, lineno=node.lineno)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Filter:
+        self.generic_visit(node)
+        values = nodes.List([node.expr, *(operand.expr for operand in node.ops)], lineno=node.lineno)
+        names = nodes.Const([operand.op for operand in node.ops], lineno=node.lineno)
+        return nodes.Filter(values, "_metered_compare", [names], [], None, None, lineno=node.lineno)
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        self.generic_visit(node)
+        node.key = nodes.Filter(node.key, "_metered_key", [], [], None, None, lineno=node.lineno)
+        return node
 
 
 def _refuse_width(values: Iterable[Any]) -> None:

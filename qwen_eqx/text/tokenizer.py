@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from qwen_eqx.errors import InputError
-from qwen_eqx.files import read_bytes, read_json, read_text
+from qwen_eqx.files import local_path, read_bytes, read_json, read_text
 from qwen_eqx.text.chat import MAX_TEMPLATE_CHARS, ChatTemplate
 from qwen_eqx.text.ids import check_ids
 
@@ -40,10 +40,17 @@ class Tokenizer:
     files: Mapping[str, bytes]  # the files it was read from, kept word for word
     where: str
 
+    def __repr__(self) -> str:
+        chat = "with" if self.chat_template is not None else "without"
+        tokens = self.backend.get_vocab_size(with_added_tokens=True)
+        return (
+            f"Tokenizer({tokens:,} tokens of a vocabulary of {self.vocab_size:,}, {chat} chat template, {self.where!r})"
+        )
+
     @classmethod
     def from_directory(cls, directory: str | Path, *, vocab_size: int | None = None) -> "Tokenizer":
         """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a directory."""
-        directory = Path(directory)
+        directory = local_path(directory, "directory")
         files = {VOCABULARY: read_bytes(directory / VOCABULARY)}
         files |= {
             name: read_bytes(directory / name)

@@ -1,5 +1,6 @@
 """Hugging Face directories in and out: one table of names, every problem listed at once, nothing half-written."""
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float
 
-from qwen_eqx.errors import InputError
-from qwen_eqx.files import fsync_directory, give_name, is_lfs_pointer, temporary_name
+from qwen_eqx.errors import DiskFull, InputError
+from qwen_eqx.files import fsync_directory, give_name, is_lfs_pointer, local_path, temporary_name, writing
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.text.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def from_pretrained(
 
 def load_model(directory: str | Path, *, dtype: Any = jnp.bfloat16) -> Qwen:
     """The model of a directory with config.json and safetensors; every problem with its weights in one error."""
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     if (wanted := _dtype_name(dtype)) not in DTYPES:
         raise InputError(f"dtype: found {wanted}, expected one of {', '.join(DTYPES)}")
     model = skeleton(QwenConfig.from_file(directory / CONFIG), jnp.dtype(wanted))
@@ -80,22 +81,20 @@ def save_pretrained(
     Everything is written under temporary names first; then an old config.json goes, the files take their names and the
     new config.json comes last, so a directory that is cut short is one that does not open.
     """
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"directory: found a file at {directory}, expected a directory or nothing")
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: found {max_shard_bytes}, expected at least 1")
     _check_saveable(model, tokenizer)
-    directory.mkdir(parents=True, exist_ok=True)
+    _make(directory)
     written: dict[Path, Path] = {}  # final name -> temporary name
     try:
         for path, content in _contents(model, tokenizer, directory, max_shard_bytes):
+            if path.is_dir():
+                raise InputError(f"{path}: found a directory, expected a file of an earlier save or nothing")
             written[path] = temporary_name(path)
-            written[path].write_bytes(content if isinstance(content, bytes) else b"")
-            if not isinstance(content, bytes):
-                mode = written[path].stat().st_mode
-                safetensors.numpy.save_file(content, written[path], metadata={"format": "pt"})
-                written[path].chmod(mode)  # safetensors makes files that only their owner can read
+            _write(written[path], content, path)
         (directory / CONFIG).unlink(missing_ok=True)
         for path, temporary in written.items():
             give_name(temporary, path)
@@ -105,6 +104,29 @@ def save_pretrained(
         for temporary in written.values():
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFull(directory, 4096, 0) from None
+        raise InputError(f"directory: found {directory} ({error.strerror}), expected a place to write in") from None
+
+
+def _write(temporary: Path, content: bytes | dict[str, np.ndarray], path: Path) -> None:
+    with writing(path, len(content) if isinstance(content, bytes) else sum(array.nbytes for array in content.values())):
+        temporary.write_bytes(content if isinstance(content, bytes) else b"")
+        if isinstance(content, bytes):
+            return
+        mode = temporary.stat().st_mode
+        try:
+            safetensors.numpy.save_file(content, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # its one class for all that a disk can do
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def skeleton(config: QwenConfig, dtype: jnp.dtype) -> Qwen:

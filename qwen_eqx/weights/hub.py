@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from qwen_eqx.errors import InputError
-from qwen_eqx.files import read_json
+from qwen_eqx.files import local_path, read_json
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -28,7 +28,7 @@ def embedded_models() -> list[str]:
 def locate(name_or_dir: str | Path, revision: str | None = None) -> Path:
     """The directory of an embedded name, a local directory or a hub id, tried in that order."""
     name = str(name_or_dir)
-    local = EMBEDDED / name if name in embedded_models() else Path(name).expanduser()
+    local = EMBEDDED / name if name in embedded_models() else local_path(name, "model")
     if name and local.is_dir():
         if revision is not None:
             raise InputError(f"revision: found {revision!r} for {name!r}, expected none: only a hub id has revisions")
