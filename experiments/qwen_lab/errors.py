@@ -1,5 +1,9 @@
 """What is wrong with what was asked for, in one line; and runs that cannot go on."""
 
+import errno
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import arc
@@ -16,6 +20,24 @@ class RunError(RuntimeError):
 
 
 INPUT_ERRORS = (InputError, qwen_eqx.InputError, arc.InputError, sae.InputError)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full(error: BaseException, path: Path, needed: int | None = None) -> str | None:
+    """One line on a disk that could not take what was written, somewhere below `path` if the error names no file."""
+    if isinstance(error, OSError):
+        number, said = error.errno, error.strerror
+        path, needed = Path(error.filename or path), getattr(error, "needed", needed)
+    else:  # Rust says so in its text: "No space left on device (os error 28)"
+        found = re.search(r"([\w ]+) \(os error (\d+)\)", str(error))
+        number, said = (int(found[2]), found[1].strip()) if found else (None, None)
+    if number not in FULL:
+        return None
+    there = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+    room = f"found {shutil.disk_usage(there).free:,} bytes free ({said})"
+    return f"{path}: {room}, expected room for {'the file' if needed is None else f'{needed:,} bytes'}"
 
 
 def at_least_one(config: Any, *names: str) -> None:

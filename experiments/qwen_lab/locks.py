@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_lab import files
-from qwen_lab.errors import InputError
+from qwen_lab.errors import InputError, full
 
 try:
     import fcntl
@@ -33,6 +33,8 @@ def claimed(directory: Path) -> Iterator[Path]:
     try:
         handle = _open(path)
     except OSError as error:
+        if full(error, path):
+            raise
         raise InputError(f"--out {directory}: found no way to write ({error.strerror}), expected a directory") from None
     try:
         yield directory
