@@ -22,6 +22,7 @@ from arc.files import whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
 from qwen_lab import cli, files, locks, provenance, stopping
+from qwen_lab.bounds import Count
 from qwen_lab.errors import INPUT_ERRORS, InputError, at_least_one
 
 SAVE_EVERY = 500  # records between two savings of the state
@@ -33,9 +34,9 @@ class Config:
     """A hub data set (owner/name), a .jsonl or .parquet file, or a directory of them."""
     out: Path = Path("outputs/dataset")
     """Where challenges.json, solutions.json and summary.json go."""
-    max_samples: int | None = None
+    max_samples: Count | None = None
     """Stop after so many tasks; None takes all. The source is streamed: the rest is never downloaded."""
-    max_train_pairs: int = 4
+    max_train_pairs: Count = 4
     """Training pairs kept per task, at least 2; the pair after them is the test."""
     revision: str = "main"
     """Revision of a hub data set."""

@@ -14,8 +14,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import files, stopping
-from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full
+from qwen_lab import bounds, files, stopping
+from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
 
@@ -29,6 +29,7 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
     try:
         with nullcontext() if stopping.installed() else stopping.held():
+            bounds.check(arguments)
             _check_platform()
             _keep_compilations()
             main(arguments)
@@ -42,6 +43,8 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
         _fail(stopping.INTERRUPTED, stopping.LINES[stopping.INTERRUPTED])
     except Exception as error:
         out = getattr(arguments, "out", Path("."))
+        if wrong := wrong_name(error):
+            _fail(BAD_INPUT, f"error: {wrong}")
         if (said := full(error, out)) is None:
             raise
         files.drop_halves(out)

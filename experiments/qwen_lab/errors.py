@@ -40,6 +40,17 @@ def full(error: BaseException, path: Path, needed: int | None = None) -> str | N
     return f"{path}: {room}, expected room for {'the file' if needed is None else f'{needed:,} bytes'}"
 
 
+def wrong_name(error: BaseException) -> str | None:
+    """One line on a path or name that no system takes: too long, of nobody's home, of characters that are none."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{str(error.filename)[:80]}…: found a path that cannot be ({error.strerror}), expected a shorter one"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return f"~: found no home directory ({error}), expected a path"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:80]!a}: found characters that no file can hold ({error.reason}), expected text"
+    return None
+
+
 def at_least_one(config: Any, *names: str) -> None:
     """Raises for a count below 1 among these fields, naming its flag; None is no count."""
     for name in names:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import sae
+from qwen_eqx.generation.memory import free_device_bytes
 from qwen_lab import evaluation, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
@@ -59,6 +60,18 @@ def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractDic
     return form.init(**sizes, **form.short_start)
 
 
+def check_memory(config: RunConfig, members: int, source: sources.Source) -> None:
+    """Raises before anything is allocated that cannot be: weights with gradients and Adam's two means, and the buffer."""
+    free = free_device_bytes()
+    width = source.d_model * (len(source.sites) if form_of(config).several_sites else 1)
+    weights = members * 2 * config.d_sae * width * 4  # encoder and decoder, float32
+    rows = config.buffer_rows * len(source.sites) * source.d_model * source.dtype.itemsize
+    if free is not None and 4 * weights + rows > free:
+        name = "--buffer-rows" if rows > 4 * weights else "--d-sae"
+        sizes = f"dictionaries {weights:,} bytes, their gradients and optimizer {3 * weights:,}, buffer {rows:,}"
+        raise InputError(f"memory: found {sizes}, expected at most {free:,} free bytes; lower {name}")
+
+
 def _indices(member: Member, sites: tuple[str, ...]) -> tuple[Index, Index]:
     """Where in `sites` a member reads and writes: a number, or one for each of several sites."""
     reads, writes = ([sites.index(site) for site in each] for each in (member.place.reads, member.place.writes))
@@ -83,6 +96,7 @@ class Run:
             raise InputError(
                 f"--buffer-rows: found {config.buffer_rows}, expected at least {need}: twice a call's rows and a group's"
             )
+        check_memory(config, len(members), source)
         self.config, self.members, self.source = config, members, source
         self.sites = [_indices(member, source.sites) for member in members]
         self.state, self.rows = self._blank(jnp.zeros((2, len(source.sites), source.d_model), jnp.float32))
