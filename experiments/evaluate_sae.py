@@ -71,6 +71,7 @@ def measure(
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
+    files.expect_files(config.out, "run.json", "metrics.json", "report.html")
     provenance.record_run(config.out, config)
     reading = cli.progress(documents, len(documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], model_name)

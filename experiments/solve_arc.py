@@ -152,6 +152,7 @@ class Run:
         filters = (qwen_eqx.Temperature(config.temperature), qwen_eqx.TopP(config.top_p))
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
+        files.expect_files(config.out, "run.json", "resume.json", "submission.json", "scores.json", "report.html")
         predictions.same_run(config.out, settled(config) | self.facts())
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task

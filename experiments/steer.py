@@ -87,6 +87,7 @@ def compare(
     facts: dict[str, Any],
 ) -> None:
     """The answers without and with the edits, shown and written beside `facts`."""
+    files.expect_files(config.out, "run.json", "steer.json")
     provenance.record_run(config.out, config)
     before, after = (answer(config, model, tokenizer, items, each) for each in ((), edits))
     show(f"latent {facts['latent']}, {config.mode}, {config.where}", items, before, after)

@@ -42,6 +42,13 @@ def fresh_directory(path: Path) -> Path:
     return path
 
 
+def expect_files(directory: Path, *names: str) -> None:
+    """Raises if a directory stands where a run will write one of these files."""
+    for name in names:
+        if (directory / name).is_dir():
+            raise InputError(f"{directory / name}: found a directory, expected a file or nothing")
+
+
 def drop_halves(directory: Path) -> None:
     """Removes what `commit` could not finish below a run's directory."""
     for half in directory.glob("**/.*.????????.tmp"):

@@ -110,8 +110,12 @@ class Run:
         """A run in `config.out`: a new one, or the one that was cut off there; raises if another one stands there."""
         run = cls(config, members, source)
         files.fresh_directory(config.out)
+        files.expect_files(config.out, "run.json", "metrics.json", "loss.svg")
+        if run.directory.exists() and not run.directory.is_dir():
+            raise InputError(f"{run.directory}: found a file, expected a directory of checkpoints")
         if checkpoint.steps(run.directory):
             (run.state, run.rows), cursor, run.step = checkpoint.load(run.directory, (run.state, run.rows))
+            run._check_whole(cursor)
             run._check_same(cursor["config"])
             run.next_group, run.history, run.fresh = cursor["next_group"], cursor["history"], False
         provenance.record_run(config.out, config)
@@ -230,7 +234,19 @@ class Run:
 
     def _save(self) -> None:
         cursor = {"config": settled(self.config), "next_group": self.next_group, "history": self.history}
+        cursor["digest"] = files.digest(cursor)
         checkpoint.save(self.directory, self.step, (self.state, self.rows), cursor, keep=2)
+
+    def _check_whole(self, cursor: dict[str, Any]) -> None:
+        """Raises unless the cursor is the one that was saved; what was saved before cursors had a digest is believed."""
+        said = {name: value for name, value in cursor.items() if name != "digest"}
+        kinds = {"config": dict, "next_group": int, "history": list}
+        whole = all(isinstance(said.get(name), kind) for name, kind in kinds.items())
+        if not whole or cursor.get("digest", files.digest(said)) != files.digest(said):
+            where = self.directory / f"{self.step:08d}" / "state.json"
+            raise InputError(
+                f"{where}: cursor: found other values than were saved, expected those; delete that checkpoint"
+            )
 
     def _check_same(self, old: dict[str, Any]) -> None:
         new = settled(self.config)
