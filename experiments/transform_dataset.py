@@ -19,7 +19,7 @@ from typing import Any
 
 import arc
 from arc.data import content_id, reasons, task_from_examples
-from arc.files import whole
+from arc.files import read_json, whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
 from qwen_lab import cli, files, locks, provenance, stopping
@@ -115,7 +115,7 @@ def resume(config: Config, wanted: dict[str, Any]) -> tuple[State, set[str]]:
 
 def read_state(path: Path) -> State:
     """What an earlier run saved of itself."""
-    found = arc.files.read_json(path)
+    found = read_json(path)
     fields = {field.name: dict if field.name in ("config", "why") else int for field in dataclasses.fields(State)}
     right = isinstance(found, dict) and found.keys() == fields.keys()
     if not right or not all(type(found[name]) is kind for name, kind in fields.items()):
