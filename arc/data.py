@@ -63,11 +63,17 @@ def iter_tasks(
     """The tasks one at a time; lines about broken ones are appended to `skipped`."""
     if on_bad not in ("error", "skip"):
         raise InputError(f"on_bad: found {on_bad!r}, expected 'error' or 'skip'")
+    if solutions is not None and (not str(source).endswith(".json") or Path(source).is_dir()):
+        raise InputError(f"solutions {solutions}: found for {source}, expected them for a Kaggle challenges file alone")
+    if solutions is not None and not Path(solutions).exists():
+        raise InputError(f"{solutions}: no such file or directory")
     lines = [] if skipped is None else skipped
     seen: dict[str, str] = {}
     for where, entry in _entries(str(source), solutions):
         try:
             for task in _tasks_of(where, entry):
+                if not task.id.isprintable():  # a lone surrogate is not, and can be written nowhere
+                    raise InputError(f"{where}, task {task.id!a}: found unprintable characters, expected a plain id")
                 if task.id in seen:
                     raise InputError(f"{where}, task {task.id}: found the id of {seen[task.id]}, expected unique ids")
                 seen[task.id] = where

@@ -20,6 +20,7 @@ import numpy as np
 import qwen_eqx
 import sae
 from qwen_lab import cli, corpus, evaluation, figures, files, loading, locks, pages, provenance
+from qwen_lab.bounds import Count, Times
 from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.evaluation import Data
@@ -30,17 +31,17 @@ from qwen_lab.places import Dictionary
 class Config(loading.OnModel):
     sae: tuple[str, ...] = ("runs/train_sae/sae",)
     """SAEs to evaluate: directories, files, hub ids, or directories that hold several."""
-    k: int | None = None
+    k: Count | None = None
     """Latents kept, for Qwen-Scope files whose path does not name it."""
-    limit: int = 20
+    limit: Count = 20
     """Tasks to take at most."""
-    max_tokens: int = 1024
+    max_tokens: Count = 1024
     """Tokens of a document: training pairs are left out to fit, and inputs that cannot fit are skipped."""
-    sink_times: float = 10.0
+    sink_times: Times = 10.0
     """Leave positions whose norm exceeds this many medians (attention sinks) out of reconstruction; 0 keeps all."""
-    latents: int = 40
+    latents: Count = 40
     """Latents in the report, spread over all densities."""
-    examples: int = 4
+    examples: Count = 4
     """Documents shown for each."""
     out: Path = Path("runs/evaluate_sae")
     """Directory of the table, pictures and reports."""
@@ -70,6 +71,7 @@ def measure(
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
+    files.expect_files(config.out, "run.json", "metrics.json", "report.html")
     provenance.record_run(config.out, config)
     reading = cli.progress(documents, len(documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], model_name)

@@ -22,6 +22,7 @@ import arc
 import qwen_eqx
 import sae
 from qwen_lab import cli, completions, files, locks, places, prompts, provenance, rows, stopping
+from qwen_lab.bounds import Count, Seed
 from qwen_lab.errors import at_least_one
 from qwen_lab.prompts import Item
 
@@ -34,7 +35,7 @@ class Config:
     """Branch, tag or commit of a hub id."""
     tasks: str = "arc-agi-1/training"
     """Data set name (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
-    limit: int = 6
+    limit: Count = 6
     """Tasks to take, from the first."""
     layers: str = "late"
     """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, `none`, or `late` for the last three fifths."""
@@ -42,11 +43,11 @@ class Config:
     """Further places, as TransformerLens or Hugging Face spell them: blocks.1.hook_resid_mid blocks.1.hook_mlp_out."""
     positions: Literal["all", "generated"] = "all"
     """Keep every position, or only those whose logits chose a generated token."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Tokens to generate at most; ARC answers in Qwen tokens have 179 on average and 1,022 at most."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Prompts generated together."""
-    items_per_shard: int = 8
+    items_per_shard: Count = 8
     """Test inputs in one shard file."""
     encoder: str = arc.DEFAULT_ENCODER
     """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
@@ -54,7 +55,7 @@ class Config:
     """Prompt format: a name of arc.PROMPTS."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and stored activations."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the run; greedy decoding draws nothing."""
     out: Path = Path("runs/extract")
     """Store directory; a run that was cut off goes on where it stopped."""

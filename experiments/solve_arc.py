@@ -35,6 +35,7 @@ from qwen_lab import (
     stopping,
 )
 from qwen_lab.answering import Answer, How, Question
+from qwen_lab.bounds import Count, Seed, Whole
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.predictions import RESCORED, Line
 
@@ -53,9 +54,9 @@ class Config:
     """Data set name (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
     solutions: str | None = None
     """Kaggle solutions file, where it does not lie beside the challenges."""
-    limit: int | None = 10
+    limit: Count | None = 10
     """Tasks to take, from the first; None takes all."""
-    predictions_per_task: int = 8
+    predictions_per_task: Count = 8
     """Completions of every test input, each under an augmentation of its own; the first is the task as it stands."""
     how: Literal["greedy", "sampled", "threshold"] = "greedy"
     """`threshold` finds every completion of at least that probability, under each augmentation."""
@@ -73,13 +74,13 @@ class Config:
     """Augment by permuting the colours 1 to 9."""
     pair_order: bool = True
     """Augment by shuffling the training pairs."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Tokens to generate at most; answers in Qwen tokens have 179 on average and 1,022 at most: a real run wants 1,100."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Count | None = None
     """A longer prompt loses whole training pairs; None: whatever the model holds."""
-    slots: int = 8
+    slots: Count = 8
     """Sequences generated together; a slot is refilled when its sequence ends."""
-    tasks_together: int = 1
+    tasks_together: Count = 1
     """Tasks that share the slots: more of them leave fewer slots idle, and are begun anew together after a cut."""
     capture: bool = False
     """Keep activations as a store in OUT/activations (not of a search)."""
@@ -87,7 +88,7 @@ class Config:
     """Captured: residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths."""
     positions: Literal["all", "generated"] = "all"
     """Captured: every position, or only those whose logits chose a generated token."""
-    items_per_shard: int = 8
+    items_per_shard: Count = 8
     """Captured: completions in one shard file."""
     encoder: str = arc.DEFAULT_ENCODER
     """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
@@ -95,9 +96,9 @@ class Config:
     """Prompt format: a name of arc.PROMPTS."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and stored activations."""
-    seed: int = 0
+    seed: Seed = 0
     """Of augmentations and of sampling."""
-    report_tasks: int = 50
+    report_tasks: Whole = 50
     """Tasks that the report shows in pictures."""
     out: Path = Path("runs/solve")
     """Where everything goes; a run that was cut off goes on where it stopped."""
@@ -151,6 +152,7 @@ class Run:
         filters = (qwen_eqx.Temperature(config.temperature), qwen_eqx.TopP(config.top_p))
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
+        files.expect_files(config.out, "run.json", "resume.json", "submission.json", "scores.json", "report.html")
         predictions.same_run(config.out, settled(config) | self.facts())
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task

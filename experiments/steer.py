@@ -23,6 +23,7 @@ from rich.text import Text
 import qwen_eqx
 import sae
 from qwen_lab import cli, completions, files, loading, locks, prompts, provenance
+from qwen_lab.bounds import Count, Strength, Whole
 from qwen_lab.errors import InputError, at_least_one
 from qwen_lab.places import Dictionary
 from qwen_lab.prompts import Item
@@ -32,19 +33,19 @@ from qwen_lab.prompts import Item
 class Config(loading.OnModel):
     sae: str = "runs/train_sae/sae"
     """SAE directory, file or hub id."""
-    latent: int | None = None
+    latent: Whole | None = None
     """Number of the latent; without it the strongest of those that fire on 0.1 to 10 % of the prompts' tokens."""
     mode: Literal["add", "clamp"] = "add"
     """Add the latent's direction, or hold the latent at a value."""
-    strength: float = 4.0
+    strength: Strength = 4.0
     """The value, in units of the latent's largest one on these prompts (of 1 if it never fires); may be negative or 0."""
     where: Literal["all", "prompt", "generated"] = "all"
     """Positions to change: all, the prompt's, or those that choose generated tokens."""
-    limit: int = 3
+    limit: Count = 3
     """Tasks to take at most."""
-    max_prompt: int = 1024
+    max_prompt: Count = 1024
     """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Tokens to generate at most."""
     out: Path = Path("runs/steer")
     """Directory of steer.json."""
@@ -86,6 +87,7 @@ def compare(
     facts: dict[str, Any],
 ) -> None:
     """The answers without and with the edits, shown and written beside `facts`."""
+    files.expect_files(config.out, "run.json", "steer.json")
     provenance.record_run(config.out, config)
     before, after = (answer(config, model, tokenizer, items, each) for each in ((), edits))
     show(f"latent {facts['latent']}, {config.mode}, {config.where}", items, before, after)

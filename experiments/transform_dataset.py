@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
     qwen_lab.stopping.install()  # before anything heavy is imported
 
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -18,10 +19,11 @@ from typing import Any
 
 import arc
 from arc.data import content_id, reasons, task_from_examples
-from arc.files import whole
+from arc.files import read_json, whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
 from qwen_lab import cli, files, locks, provenance, stopping
+from qwen_lab.bounds import Count
 from qwen_lab.errors import INPUT_ERRORS, InputError, at_least_one
 
 SAVE_EVERY = 500  # records between two savings of the state
@@ -33,9 +35,9 @@ class Config:
     """A hub data set (owner/name), a .jsonl or .parquet file, or a directory of them."""
     out: Path = Path("outputs/dataset")
     """Where challenges.json, solutions.json and summary.json go."""
-    max_samples: int | None = None
+    max_samples: Count | None = None
     """Stop after so many tasks; None takes all. The source is streamed: the rest is never downloaded."""
-    max_train_pairs: int = 4
+    max_train_pairs: Count = 4
     """Training pairs kept per task, at least 2; the pair after them is the test."""
     revision: str = "main"
     """Revision of a hub data set."""
@@ -95,15 +97,49 @@ def resume(config: Config, wanted: dict[str, Any]) -> tuple[State, set[str]]:
     path = config.out / "state.json"
     if not path.exists():
         return State(wanted, why={}), set()
-    state = State(**json.loads(path.read_text()))
+    state = read_state(path)
     for name, value in wanted.items():
         if state.config.get(name) != value:
             said = f"found a run with {name}={state.config.get(name)!r}, expected {value!r}"
             raise InputError(f"--out {config.out}: {said}; name another directory")
-    for part, size in (("challenges", state.challenges_bytes), ("solutions", state.solutions_bytes)):
+    sizes = {"challenges": state.challenges_bytes, "solutions": state.solutions_bytes}
+    seen = {part: read_part(config.out / f"{part}.part", size, state.tasks) for part, size in sizes.items()}
+    if seen["challenges"] != seen["solutions"]:
+        raise InputError(
+            f"{config.out / 'solutions.part'}: found other tasks than in challenges.part, expected the same"
+        )
+    for part, size in sizes.items():
         os.truncate(config.out / f"{part}.part", size)
-    with open(config.out / "challenges.part") as lines:
-        return state, {next(iter(json.loads("{" + line + "}"))) for line in lines}
+    return state, set(seen["challenges"])
+
+
+def read_state(path: Path) -> State:
+    """What an earlier run saved of itself."""
+    found = read_json(path)
+    fields = {field.name: dict if field.name in ("config", "why") else int for field in dataclasses.fields(State)}
+    right = isinstance(found, dict) and found.keys() == fields.keys()
+    if not right or not all(type(found[name]) is kind for name, kind in fields.items()):
+        raise InputError(f"{path}: found another file, expected what an earlier run saved: {', '.join(fields)}")
+    if min(value for value in found.values() if isinstance(value, int)) < 0:
+        raise InputError(f"{path}: found a number below 0, expected counts")
+    return State(**found)
+
+
+def read_part(path: Path, size: int, tasks: int) -> list[str]:
+    """The ids of the tasks that stand in the first `size` bytes of a part file."""
+    try:
+        with open(path, "rb") as handle:
+            data = handle.read(size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected {size:,} bytes of tasks") from None
+    try:
+        ids = [next(iter(json.loads(b"{" + line + b"}"))) for line in data.splitlines()]
+    except (ValueError, StopIteration, RecursionError):
+        ids = []
+    if len(data) != size or len(ids) != tasks:
+        found = f"{len(data):,} bytes and {len(ids)} tasks"
+        raise InputError(f"{path}: found {found}, expected {size:,} bytes and {tasks} tasks; name another --out")
+    return ids
 
 
 def convert(config: Config, paths: list[str], state: State, seen: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,8 +14,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import stopping
-from qwen_lab.errors import INPUT_ERRORS, InputError, RunError
+from qwen_lab import bounds, files, stopping
+from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
 
@@ -28,6 +29,7 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
     try:
         with nullcontext() if stopping.installed() else stopping.held():
+            bounds.check(arguments)
             _check_platform()
             _keep_compilations()
             main(arguments)
@@ -39,6 +41,14 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
         _fail(stopping.STOPPED, stopping.LINES[stopping.STOPPED])
     except KeyboardInterrupt:
         _fail(stopping.INTERRUPTED, stopping.LINES[stopping.INTERRUPTED])
+    except Exception as error:
+        out = getattr(arguments, "out", Path("."))
+        if wrong := wrong_name(error):
+            _fail(BAD_INPUT, f"error: {wrong}")
+        if (said := full(error, out)) is None:
+            raise
+        files.drop_halves(out)
+        _fail(BROKE, f"error: {said}; what was finished is saved")
 
 
 def say_what_a_demo_is(model: str) -> None:
@@ -91,6 +101,7 @@ def _check_platform() -> None:
 
 def _keep_compilations() -> None:
     """Compiled programs outlive the process; JAX_COMPILATION_CACHE_DIR says where, else the user's cache directory."""
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # speed alone
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "qwen-eqx" / "xla"))

@@ -1,5 +1,6 @@
 """Pictures and tables of SAE runs; matplotlib draws where it is installed, and one line says so where it is not."""
 
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
+
+from qwen_lab import files
 
 HOW_TO_GET_IT = "not drawn: pip install 'qwen-eqx[plots]' for matplotlib"
 COLUMNS = {  # metric: what the table calls it and how it is written
@@ -129,7 +132,10 @@ def _figure(path: Path, columns: int):
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
         yield axes
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        drawn = io.BytesIO()
+        svg = path.suffix == ".svg"
+        figure.savefig(drawn, format=path.suffix[1:], metadata={"Date": None} if svg else None)
+        files.write_bytes(path, drawn.getvalue())
 
 
 class _Nothing:

@@ -6,13 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwen_lab.errors import InputError
+from qwen_lab.errors import InputError, full
 from sae.files import commit
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    commit(path, text.encode("utf-8"))
+    """As `write_bytes`, a text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all; an OSError names it, and the bytes it needed."""
+    try:
+        commit(path, data)
+    except OSError as error:
+        error.filename, error.needed = str(path), len(data)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,8 +36,23 @@ def fresh_directory(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if full(error, path):
+            raise
         raise InputError(f"--out {path}: found no way to make it ({error.strerror}), expected a directory") from None
     return path
+
+
+def expect_files(directory: Path, *names: str) -> None:
+    """Raises if a directory stands where a run will write one of these files."""
+    for name in names:
+        if (directory / name).is_dir():
+            raise InputError(f"{directory / name}: found a directory, expected a file or nothing")
+
+
+def drop_halves(directory: Path) -> None:
+    """Removes what `commit` could not finish below a run's directory."""
+    for half in directory.glob("**/.*.????????.tmp"):
+        half.unlink(missing_ok=True)
 
 
 def jsonable(config: Any) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def load_dictionary(source: str | Path, config: qwen_eqx.QwenConfig) -> Dictiona
 def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> list[arc.Task]:
     """The data set asked for; without one the tasks that an SAE's training held out, or the evaluation set of ARC-AGI-1."""
     held_out = metadata.get("held_out_tasks")
+    if held_out is not None and not (isinstance(held_out, list) and all(isinstance(one, str) for one in held_out)):
+        raise InputError(f"--sae: its held_out_tasks: found {held_out!r:.80}, expected a list of task ids")
     if tasks is not None or not isinstance(held_out, list) or not isinstance(metadata.get("tasks"), str):
         return list(arc.load_tasks(tasks or UNSEEN))
     name = metadata["tasks"]

@@ -6,11 +6,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen_lab import files
-from qwen_lab.errors import InputError
+from qwen_lab.errors import InputError, full
 
 try:
     import fcntl
@@ -28,17 +28,23 @@ def claimed(directory: Path) -> Iterator[Path]:
     The lock is flock's, on OUT/.running.tmp: it ends with its process, however that ends. Where a system has no flock, the
     mark of a process that lives on this host blocks, and another host's does not.
     """
+    made = not directory.exists()
     files.fresh_directory(directory)
     path = directory / NAME
     try:
         handle = _open(path)
     except OSError as error:
+        if full(error, path):
+            raise
         raise InputError(f"--out {directory}: found no way to write ({error.strerror}), expected a directory") from None
     try:
         yield directory
     finally:
         path.unlink(missing_ok=True)  # before the lock goes, or another run's mark would be unlinked
         os.close(handle)
+        if made:
+            with suppress(OSError):  # it holds something
+                directory.rmdir()
 
 
 def _open(path: Path) -> int:

@@ -106,7 +106,7 @@ def parse_layers(text: str, layers: int) -> list[int]:
             low, high = (
                 int(part) if part else default for part, default in zip(text.split(":"), (0, layers), strict=True)
             )
-            chosen = list(range(low, high))
+            chosen = list(range(low, high)) if 0 <= low < high <= layers else []
         else:
             chosen = [int(part) for part in text.split(",")]
     except ValueError:

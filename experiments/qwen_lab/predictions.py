@@ -104,7 +104,7 @@ def same_run(directory: Path, wanted: dict[str, Any]) -> None:
         return
     try:
         there = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise InputError(f"{path}: found no JSON object, expected what an earlier run wrote") from None
     differences = [
         f"{name}={there.get(name)!r} there, {wanted.get(name)!r} here"
@@ -115,6 +115,19 @@ def same_run(directory: Path, wanted: dict[str, Any]) -> None:
         raise InputError(f"--out {directory}: found another run, expected the same: {'; '.join(differences)}")
 
 
+def _believed(fields: Line) -> bool:
+    """Whether a line is as it was written; those written before lines had digests must have what is read of them."""
+    if "digest" in fields:
+        return fields["digest"] == mark(fields)
+    number = isinstance(fields.get("log_prob"), float) and np.isfinite(fields["log_prob"])
+    return "test" in fields and "augmentation" in fields and (fields["text"] is None or number)
+
+
+def mark(fields: Line) -> str:
+    """Sixteen digits of the digest of all else that a line says: what is read back is what was written."""
+    return files.digest({name: value for name, value in fields.items() if name != "digest"})[7:23]
+
+
 class File:
     """The file as it grows; opening it drops what a kill left half-written: a cut line, a task without all its lines."""
 
@@ -122,6 +135,8 @@ class File:
         self.path = path
         self.done: list[list[Line]] = []
         self._ends = [0]
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: found a directory, expected a file")
         data = path.read_bytes() if path.exists() else b""
         at = 0
         while at < len(data):
@@ -148,7 +163,14 @@ class File:
         try:
             fields: Line = dict(json.loads(text))
             right = fields["task"] == expected and fields["prediction"] == len(block) < fields["of"]
-        except (ValueError, TypeError, KeyError):
+            if right and not _believed(fields):
+                number = sum(map(len, self.done)) + len(block) + 1
+                raise InputError(
+                    f"{self.path}: line {number}: found other fields than were written, expected its digest's"
+                )
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError, RecursionError):
             fields, right = {}, False
         if not right:
             said = f"task {fields['task']!r}" if "task" in fields else repr(text[:40])
@@ -167,6 +189,7 @@ class File:
     def append(self, lines: Sequence[Line]) -> None:
         """A whole task; after this it survives a power cut."""
         numbered = [{**fields, "prediction": index, "of": len(lines)} for index, fields in enumerate(lines)]
+        numbered = [{**fields, "digest": mark(fields)} for fields in numbered]
         data = "".join(json.dumps(fields) + "\n" for fields in numbered).encode()
         with open(self.path, "ab") as handle:
             handle.write(data)

@@ -38,6 +38,8 @@ def asking(
     format: str | PromptFormat = arc.DEFAULT_PROMPT,
 ) -> arc.Asking:
     """How tasks are put to this tokenizer's model: in its chat template, if it has one, and in at most `budget` tokens."""
+    if budget < 1:
+        raise InputError(f"--max-new-tokens: found {1 - budget} more than leave room for a prompt, expected fewer")
     return arc.Asking(
         encoder=as_encoder(encoder),
         format=as_format(format),
@@ -71,5 +73,7 @@ def items(
 
 def some_fit(fitting: Sequence[object], tasks: int, budget: int | None) -> None:
     """Raises where nothing is left to read."""
+    if not tasks:
+        raise InputError("--tasks: found no tasks, expected at least one")
     if not fitting:
         raise InputError(f"tokens at most {budget}: found no prompt of {tasks} tasks that fits, expected some")

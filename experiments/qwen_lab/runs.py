@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import sae
+from qwen_eqx.generation.memory import free_device_bytes
 from qwen_lab import evaluation, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
@@ -59,6 +60,18 @@ def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractDic
     return form.init(**sizes, **form.short_start)
 
 
+def check_memory(config: RunConfig, members: int, source: sources.Source) -> None:
+    """Raises before anything is allocated that cannot be: weights with gradients and Adam's two means, and the buffer."""
+    free = free_device_bytes()
+    width = source.d_model * (len(source.sites) if form_of(config).several_sites else 1)
+    weights = members * 2 * config.d_sae * width * 4  # encoder and decoder, float32
+    rows = config.buffer_rows * len(source.sites) * source.d_model * source.dtype.itemsize
+    if free is not None and 4 * weights + rows > free:
+        name = "--buffer-rows" if rows > 4 * weights else "--d-sae"
+        sizes = f"dictionaries {weights:,} bytes, their gradients and optimizer {3 * weights:,}, buffer {rows:,}"
+        raise InputError(f"memory: found {sizes}, expected at most {free:,} free bytes; lower {name}")
+
+
 def _indices(member: Member, sites: tuple[str, ...]) -> tuple[Index, Index]:
     """Where in `sites` a member reads and writes: a number, or one for each of several sites."""
     reads, writes = ([sites.index(site) for site in each] for each in (member.place.reads, member.place.writes))
@@ -83,6 +96,7 @@ class Run:
             raise InputError(
                 f"--buffer-rows: found {config.buffer_rows}, expected at least {need}: twice a call's rows and a group's"
             )
+        check_memory(config, len(members), source)
         self.config, self.members, self.source = config, members, source
         self.sites = [_indices(member, source.sites) for member in members]
         self.state, self.rows = self._blank(jnp.zeros((2, len(source.sites), source.d_model), jnp.float32))
@@ -96,8 +110,12 @@ class Run:
         """A run in `config.out`: a new one, or the one that was cut off there; raises if another one stands there."""
         run = cls(config, members, source)
         files.fresh_directory(config.out)
+        files.expect_files(config.out, "run.json", "metrics.json", "loss.svg")
+        if run.directory.exists() and not run.directory.is_dir():
+            raise InputError(f"{run.directory}: found a file, expected a directory of checkpoints")
         if checkpoint.steps(run.directory):
             (run.state, run.rows), cursor, run.step = checkpoint.load(run.directory, (run.state, run.rows))
+            run._check_whole(cursor)
             run._check_same(cursor["config"])
             run.next_group, run.history, run.fresh = cursor["next_group"], cursor["history"], False
         provenance.record_run(config.out, config)
@@ -216,7 +234,19 @@ class Run:
 
     def _save(self) -> None:
         cursor = {"config": settled(self.config), "next_group": self.next_group, "history": self.history}
+        cursor["digest"] = files.digest(cursor)
         checkpoint.save(self.directory, self.step, (self.state, self.rows), cursor, keep=2)
+
+    def _check_whole(self, cursor: dict[str, Any]) -> None:
+        """Raises unless the cursor is the one that was saved; what was saved before cursors had a digest is believed."""
+        said = {name: value for name, value in cursor.items() if name != "digest"}
+        kinds = {"config": dict, "next_group": int, "history": list}
+        whole = all(isinstance(said.get(name), kind) for name, kind in kinds.items())
+        if not whole or cursor.get("digest", files.digest(said)) != files.digest(said):
+            where = self.directory / f"{self.step:08d}" / "state.json"
+            raise InputError(
+                f"{where}: cursor: found other values than were saved, expected those; delete that checkpoint"
+            )
 
     def _check_same(self, old: dict[str, Any]) -> None:
         new = settled(self.config)

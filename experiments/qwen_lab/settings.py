@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae
-from qwen_lab import files
-from qwen_lab.errors import InputError, at_least_one
+from qwen_lab import bounds, files
+from qwen_lab.bounds import Count, Seed, Times, Weight, Whole
+from qwen_lab.errors import InputError
 
 Form = Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(list(sae.FORMS)))]
 
@@ -34,49 +35,49 @@ class RunConfig:
     """Of the model and of the activations (live)."""
     tasks: str = "arc-agi-1/training"
     """Data set name, directory of {id}.json, Kaggle challenges file, or JSONL (live)."""
-    limit: int = 120
+    limit: Count = 120
     """Tasks to take, from the first, held-out ones included (live)."""
-    held_out: int = 20
+    held_out: Count = 20
     """Of these the last so many are never trained on; the metrics at the end are theirs."""
-    layer: int | None = None
+    layer: Whole | None = None
     """Residual stream after this block; without it the first of the late ones (or the store's first site)."""
     site: str | None = None
     """Any other place, as TransformerLens or Hugging Face spell it: blocks.2.hook_mlp_out; A+B for two at once."""
     target_site: str | None = None
     """Train a transcoder, which from the site above predicts this later one."""
-    max_prompt: int = 1024
+    max_prompt: Count = 1024
     """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped (live)."""
-    max_new_tokens: int = 16
+    max_new_tokens: Count = 16
     """Tokens the model writes after each prompt (live)."""
-    prompts: int = 4
+    prompts: Count = 4
     """Prompts the model works on together."""
-    d_sae: int = 1024
+    d_sae: Count = 1024
     """Latents."""
-    k: int = 16
+    k: Count = 16
     """Latents that fire per position: exactly, on average or as a target, whatever the form's rule is."""
-    sparsity: float | None = None
+    sparsity: Weight | None = None
     """Weight of the sparsity penalty; without it what suits the form."""
     bias_rate: float | None = None
     """How fast biases and thresholds move, over --lr; without it what suits the form."""
-    steps: int = 600
+    steps: Count = 600
     """Optimizer steps."""
-    batch_size: int = 512
+    batch_size: Count = 512
     """Positions per step."""
     lr: float = 2e-3
     """Adam's learning rate; it warms up over a twentieth of the steps and falls to 0 over the last fifth."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the operands of the dense products; sums are float32."""
-    dead_after: int = 50_000
+    dead_after: Count = 50_000
     """Positions without firing after which a latent counts as dead and is offered what the others leave over."""
-    sink_times: float = 10.0
+    sink_times: Times = 10.0
     """Drop positions whose norm exceeds this many medians (attention sinks); 0 keeps all."""
-    buffer_rows: int = 49_152
+    buffer_rows: Count = 49_152
     """Rows the shuffle buffer holds on the device."""
-    steps_per_call: int = 10
+    steps_per_call: Count = 10
     """Steps per compiled call; checkpoints and the progress bar move by as many."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Steps between checkpoints; the last two are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first weights and the shuffling."""
     out: Path = Path("runs/train_sae")
     """Run directory; a run that was cut off goes on where its last checkpoint stands."""
@@ -84,15 +85,14 @@ class RunConfig:
 
 def check(config: RunConfig) -> None:
     """Raises for values that no run can have."""
-    at_least_one(config, "limit", "held_out", "max_prompt", "max_new_tokens", "prompts", "d_sae", "k", "steps")
-    at_least_one(config, "batch_size", "dead_after", "buffer_rows", "steps_per_call", "checkpoint_every")
-    form_of(config)
+    bounds.check(config)
+    form = form_of(config)
+    if config.k > config.d_sae and ("k" in form.details or form.targets_l0):
+        raise InputError(f"--k: found {config.k}, expected at most the {config.d_sae} latents of --d-sae")
     if not config.lr > 0 or not math.isfinite(config.lr):
         raise InputError(f"--lr: found {config.lr}, expected a finite number above 0")
     if config.bias_rate is not None and not 0 < config.bias_rate < math.inf:
         raise InputError(f"--bias-rate: found {config.bias_rate}, expected a finite number above 0")
-    if not config.sink_times >= 0:
-        raise InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
 
 
 def form_of(config: RunConfig) -> type[sae.AbstractDictionary]:

@@ -27,6 +27,8 @@ def combinations(config: RunConfig) -> list[dict[str, Any]]:
     axes: dict[str, list[Any]] = {}
     for axis in config.sweep:
         name, _, values = axis.partition("=")
+        if name in axes:
+            raise InputError(f"--sweep: found {name} twice, expected one axis such as {name}=2,4")
         try:
             axes[name] = [SWEEPABLE[name](value) for value in values.split(",")]
         except (KeyError, ValueError):
