@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.codes.products import weighted_rows
 from sae.codes.select import SparseCode
 from sae.errors import InputError
-from sae.forms.objective import Hyper, Objective
+from sae.forms.objective import Hyper, Objective, Taken
 
 Shape = tuple[int, ...]
 
@@ -101,7 +101,7 @@ class AbstractDictionary(eqx.Module):
         """What the form minimizes, with all latents in hand; operands of dense products are rounded to `dtype`."""
 
     @abstractmethod
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "AbstractDictionary":
+    def settled(self, objective: Objective, taken: Taken) -> "AbstractDictionary":
         """After a step: what the form keeps true of its thresholds; the same module where the step was not good."""
 
     @abstractmethod

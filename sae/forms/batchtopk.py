@@ -3,12 +3,12 @@
 from typing import Any, ClassVar
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.forms import ksparse, losses
 from sae.forms.abstract import AbstractSAE, initial
 from sae.forms.ksparse import AbstractBatchTopK, check_k
-from sae.forms.objective import Hyper, Objective, Selection, count_fired, product
+from sae.forms.objective import Hyper, Objective, Selection, Taken, count_fired, product
 
 
 class BatchTopK(AbstractSAE, AbstractBatchTopK):
@@ -59,6 +59,6 @@ class BatchTopK(AbstractSAE, AbstractBatchTopK):
         fired = ksparse.fired_pairs(chosen.columns, values, self.d_sae)
         return Objective.of(losses.squared_error(y, y_hat), y, y_hat, fired, values)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "BatchTopK":
-        threshold = ksparse.running_threshold(self.threshold, objective.smallest, good, decay)
+    def settled(self, objective: Objective, taken: Taken) -> "BatchTopK":
+        threshold = ksparse.running_threshold(self.threshold, objective, taken)
         return eqx.tree_at(lambda m: m.threshold, self, threshold)

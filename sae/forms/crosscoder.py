@@ -4,14 +4,14 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.codes.select import SparseCode
 from sae.errors import InputError
 from sae.forms import ksparse, losses
 from sae.forms.abstract import Shape, add_bias, initial, row_lengths, written
 from sae.forms.ksparse import AbstractBatchTopK, check_k
-from sae.forms.objective import Hyper, Objective, Selection, count_fired, flat, product
+from sae.forms.objective import Hyper, Objective, Selection, Taken, count_fired, flat, product
 
 
 class Crosscoder(AbstractBatchTopK):
@@ -126,6 +126,6 @@ class Crosscoder(AbstractBatchTopK):
         fired = ksparse.fired_pairs(chosen.columns, values, self.d_sae)
         return Objective.of(losses.squared_error(flat(y), y_hat), flat(y), y_hat, fired, values)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "Crosscoder":
-        threshold = ksparse.running_threshold(self.threshold, objective.smallest, good, decay)
+    def settled(self, objective: Objective, taken: Taken) -> "Crosscoder":
+        threshold = ksparse.running_threshold(self.threshold, objective, taken)
         return eqx.tree_at(lambda m: m.threshold, self, threshold)

@@ -6,11 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.forms import losses
 from sae.forms.abstract import AbstractSAE, initial
-from sae.forms.objective import Hyper, Objective, count_fired, product
+from sae.forms.objective import Hyper, Objective, Taken, count_fired, product
 
 
 class Gated(AbstractSAE):
@@ -56,7 +56,7 @@ class Gated(AbstractSAE):
         y_hat = product(z, self.decoder.T, dtype) + self.b_dec[None]
         return Objective.of(losses.squared_error(y, y_hat) + penalty, y, y_hat, count_fired(z), z)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "Gated":
+    def settled(self, objective: Objective, taken: Taken) -> "Gated":
         return self
 
 

@@ -5,12 +5,13 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.errors import InputError
 from sae.forms import losses
 from sae.forms.abstract import AbstractSAE, initial
-from sae.forms.objective import Hyper, Objective, count_fired, product
+from sae.forms.objective import Hyper, Objective, Taken, count_fired, product
 
 
 def slower_in_long_runs(length: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -20,6 +21,12 @@ def slower_in_long_runs(length: Float[Array, "..."]) -> Float[Array, "..."]:
     split into several that fire only when strong. Found on SynthSAEBench for s of 1 to 4 (docs/LOG.md), not derived.
     """
     return jnp.minimum(1.0, jnp.maximum(1.0 / jnp.square(length), 0.25 / length))
+
+
+_GAIN = 10.0  # of the penalty's aim, over the relative miss
+_RATE = 0.01  # of the common factor of thresholds, per step at a miss of 1
+_DOWN = 10.0  # times that where too few fire
+_FALL = 0.7  # the part of the run over which the L0 that is aimed at falls to the target
 
 
 class JumpReLU(AbstractSAE):
@@ -62,13 +69,34 @@ class JumpReLU(AbstractSAE):
         pre = product(self.centre(x), self.encoder, dtype) + self.b_enc[None]
         z = jump_relu(pre, self.threshold, hyper.bandwidth)
         active = jnp.sum(heaviside(pre, self.threshold, hyper.bandwidth), axis=-1)
-        miss = target_l0(active, jnp.where(hyper.target_l0 > 0, hyper.target_l0, 1.0))
+        miss = target_l0(active, _aim(jnp.mean(active), jnp.where(hyper.target_l0 > 0, hyper.target_l0, 1.0)))
         penalty = hyper.sparsity * jnp.where(hyper.target_l0 > 0, miss, jnp.mean(active))
         y_hat = product(z, self.decoder.T, dtype) + self.b_dec[None]
         return Objective.of(losses.squared_error(y, y_hat) + penalty, y, y_hat, count_fired(z), z)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "JumpReLU":
-        return eqx.tree_at(lambda m: m.threshold, self, jax.nn.relu(self.threshold))
+    def settled(self, objective: Objective, taken: Taken) -> "JumpReLU":
+        """Thresholds of at least 0, and where an L0 is asked for, steered to it by common factors.
+
+        The penalty's gradient shapes single thresholds, but balances against the reconstruction short of the target.
+        While more fire than should by now, all thresholds rise by as much; while fewer do, they fall, those of the
+        latents that fire most often first. What should fire by now falls from all latents to the target over the first
+        part of the run: thresholds that jump at once silence latents before they have learned what to read.
+        """
+        threshold, asked = jax.nn.relu(self.threshold), taken.hyper.target_l0
+        wanted = jnp.where(asked > 0, asked, 1.0)
+        by_now = wanted * (self.d_sae / wanted) ** jnp.maximum(0.0, 1.0 - taken.progress / _FALL)
+        over, under = jnp.clip(objective.l0 / by_now - 1.0, 0.0, 1.0), jnp.clip(1.0 - objective.l0 / wanted, 0.0, 1.0)
+        fired = objective.fired.astype(jnp.float32)
+        often = fired / jnp.maximum(jnp.sum(jnp.square(fired)) / jnp.maximum(jnp.sum(fired), 1.0), 1.0)
+        factor = jnp.exp(_RATE * (over - _DOWN * under * often))
+        steered = jnp.where((asked > 0) & taken.good, threshold * factor, threshold)
+        return eqx.tree_at(lambda m: m.threshold, self, steered)
+
+
+def _aim(active: Float[Array, ""], target: Float[Array, ""]) -> Float[Array, ""]:
+    """What the penalty aims at: the target, moved the other way by as many tenths as the batch misses it by percents."""
+    miss = jnp.clip(1.0 - lax.stop_gradient(active) / target, -1.0 / _GAIN, 1.0 / _GAIN)
+    return target * jnp.exp(_GAIN * miss)
 
 
 def target_l0(active: Float[Array, " batch"], target: Float[Array, ""]) -> Float[Array, ""]:

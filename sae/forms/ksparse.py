@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from equinox import AbstractVar
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from sae.codes.products import choose, pair_dots, pair_rows
 from sae.codes.select import batch_top_k, keep_largest
 from sae.errors import InputError
 from sae.forms.abstract import AbstractDictionary
-from sae.forms.objective import Hyper, Objective, Selection
+from sae.forms.objective import Hyper, Objective, Selection, Taken
 
 
 class AbstractKSparse(AbstractDictionary):
@@ -79,12 +79,11 @@ def over_threshold(
     return lax.cond(threshold >= 0, known, unknown, pre)
 
 
-def running_threshold(
-    threshold: Float[Array, ""], smallest: Float[Array, ""], good: Bool[Array, ""], decay: float
-) -> Float[Array, ""]:
+def running_threshold(threshold: Float[Array, ""], objective: Objective, taken: Taken) -> Float[Array, ""]:
     """The running mean of the smallest value kept, from the first one on."""
-    new = jnp.where(threshold < 0, smallest, decay * threshold + (1 - decay) * smallest)
-    return jnp.where(good, new, threshold)
+    smallest = objective.smallest
+    new = jnp.where(threshold < 0, smallest, taken.decay * threshold + (1 - taken.decay) * smallest)
+    return jnp.where(taken.good, new, threshold)
 
 
 def batch_code(pre: Float[Array, "batch d_sae"], hyper: Hyper) -> Float[Array, "batch d_sae"]:

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.errors import InputError
 from sae.forms import ksparse, losses
 from sae.forms.abstract import AbstractSAE, initial
 from sae.forms.ksparse import AbstractBatchTopK, check_k
-from sae.forms.objective import Hyper, Objective, Selection, count_fired, product
+from sae.forms.objective import Hyper, Objective, Selection, Taken, count_fired, product
 
 
 def check_widths(widths: Any, d_sae: int) -> tuple[int, ...]:
@@ -80,8 +80,8 @@ class Matryoshka(AbstractSAE, AbstractBatchTopK):
         )
         return Objective.of(total, y, y_hat, ksparse.fired_pairs(chosen.columns, values, self.d_sae), values)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "Matryoshka":
-        threshold = ksparse.running_threshold(self.threshold, objective.smallest, good, decay)
+    def settled(self, objective: Objective, taken: Taken) -> "Matryoshka":
+        threshold = ksparse.running_threshold(self.threshold, objective, taken)
         return eqx.tree_at(lambda m: m.threshold, self, threshold)
 
 

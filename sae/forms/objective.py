@@ -28,6 +28,7 @@ class Objective(NamedTuple):
     loss: Float[Array, ""]
     error: Float[Array, ""]  # mean_b ‖y − ŷ‖²
     fired: Int[Array, " d_sae"]  # samples in which each latent is > 0
+    l0: Float[Array, ""]  # latents that are > 0, mean over samples
     smallest: Float[Array, ""]  # least value kept, 0 where none was
     residual: Float[Array, "batch width"] | None  # y − ŷ, several sites side by side
 
@@ -43,7 +44,17 @@ class Objective(NamedTuple):
         """`values`: of the latents kept, in any shape; 0 where none is."""
         smallest = jnp.min(jnp.where(values > 0, values, jnp.inf))
         smallest = jnp.where(jnp.isfinite(smallest), smallest, 0.0)
-        return cls(loss, losses.squared_error(y, y_hat), fired, smallest, y - y_hat)
+        l0 = jnp.sum(fired).astype(jnp.float32) / y.shape[0]
+        return cls(loss, losses.squared_error(y, y_hat), fired, l0, smallest, y - y_hat)
+
+
+class Taken(NamedTuple):
+    """A step as it was taken: what a form's `settled` is told beside the objective."""
+
+    hyper: Hyper
+    good: Bool[Array, ""]  # whether it counts: nothing moves otherwise
+    progress: Float[Array, ""]  # the share of all steps that are done
+    decay: float  # of running means
 
 
 class Selection(NamedTuple):

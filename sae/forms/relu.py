@@ -4,11 +4,11 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.forms import losses
 from sae.forms.abstract import AbstractSAE, initial
-from sae.forms.objective import Hyper, Objective, count_fired, product
+from sae.forms.objective import Hyper, Objective, Taken, count_fired, product
 
 
 class ReLU(AbstractSAE):
@@ -40,5 +40,5 @@ class ReLU(AbstractSAE):
         total = losses.squared_error(y, y_hat) + hyper.sparsity * losses.l1(z, self.decoder)
         return Objective.of(total, y, y_hat, count_fired(z), z)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "ReLU":
+    def settled(self, objective: Objective, taken: Taken) -> "ReLU":
         return self

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sae.codes.products import choose, row_dots, weighted_rows
 from sae.codes.select import SparseCode, to_dense
@@ -14,7 +14,7 @@ from sae.errors import InputError
 from sae.forms import losses
 from sae.forms.abstract import AbstractSAE, initial
 from sae.forms.ksparse import AbstractKSparse, check_k, fired_pairs, sparse_bias
-from sae.forms.objective import Hyper, Objective, Selection, count_fired, product
+from sae.forms.objective import Hyper, Objective, Selection, Taken, count_fired, product
 
 
 class TopK(AbstractSAE, AbstractKSparse):
@@ -81,5 +81,5 @@ class TopK(AbstractSAE, AbstractKSparse):
         fired = fired_pairs(chosen.columns, values, self.d_sae)
         return Objective.of(losses.squared_error(y, y_hat), y, y_hat, fired, values)
 
-    def settled(self, objective: Objective, good: Bool[Array, ""], decay: float) -> "TopK":
+    def settled(self, objective: Objective, taken: Taken) -> "TopK":
         return self

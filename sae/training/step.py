@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from sae.forms import losses
 from sae.forms.abstract import AbstractDictionary, row_lengths
 from sae.forms.ksparse import AbstractKSparse
-from sae.forms.objective import Hyper, Objective, flat
+from sae.forms.objective import Hyper, Objective, Taken, flat
 from sae.training.config import TrainConfig
 from sae.training.state import StepMetrics, TrainState, adam, standardized
 
@@ -33,7 +33,8 @@ def step(
     )
     good = finite & (state.bad_step < 0)
     module, optimizer = _update(state, gradient, good, config)
-    module = module.settled(objective, good, config.threshold_decay)
+    progress = state.step.astype(jnp.float32) / config.steps
+    module = module.settled(objective, Taken(hyper, good, progress, config.threshold_decay))
 
     since = jnp.where(objective.fired > 0, 0, state.since_fired + x.shape[0])
     wide = flat(y)
@@ -41,7 +42,7 @@ def step(
     metrics = StepMetrics(
         objective.loss,
         jnp.where(variance > 0, objective.error / jnp.where(variance > 0, variance, 1.0), 0.0),
-        jnp.sum(objective.fired).astype(jnp.float32) / x.shape[0],
+        objective.l0,
         jnp.sum((since >= config.dead_after).astype(jnp.int32)),
     )
     new = TrainState(
