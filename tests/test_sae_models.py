@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sae
 from sae.codes import products, select
@@ -117,3 +119,19 @@ def test_keep_largest_keeps_exactly_that_many():
     values = jnp.array([[0.0, 2.0, 2.0], [2.0, 1.0, 0.0]])
     assert np.asarray(select.keep_largest(values, jnp.int32(2))).tolist() == [[False, True, True], [False] * 3]
     assert int(select.keep_largest(values, jnp.int32(4)).sum()) == 4
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(3, 5), (40, 7), (64, 64)]), st.sampled_from([1, 3, 10**6]), st.data())
+def test_the_last_value_kept_is_found_by_counting_bits(seed, shape, values, data):
+    """Both ways agree with a sort, with many equal values and with zeros among them."""
+    rng = np.random.default_rng(seed)
+    drawn = np.maximum(rng.normal(size=shape), 0) if values > 3 else rng.integers(0, values + 1, shape)
+    positive = jnp.asarray(drawn.astype(np.float32))
+    count = data.draw(st.integers(0, positive.size))
+    kept = np.asarray(select.keep_largest(positive, jnp.int32(count)))
+    order = np.argsort(-np.asarray(positive).reshape(-1), kind="stable")[:count]
+    expected = np.zeros(positive.size, bool)
+    expected[order] = True
+    np.testing.assert_array_equal(kept.reshape(-1), expected)
+    bits = jax.lax.bitcast_convert_type(positive, jnp.int32)
+    assert int(select._bit_by_bit(bits, jnp.int32(count))) == int(select._by_histograms(bits, jnp.int32(count)))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import sae
-from qwen_eqx.generation.memory import free_device_bytes
+from qwen_eqx.model.room import free_device_bytes
 from qwen_lab import evaluation, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary

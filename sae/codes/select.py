@@ -26,27 +26,47 @@ def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*batch d_sae"]:
     return dense.reshape(*code.values.shape[:-1], d_sae)
 
 
-def keep_largest(values: Float[Array, "batch slots"], count: Int[Array, ""]) -> Bool[Array, "batch slots"]:
+def keep_largest(values: Float[Array, "batch candidates"], count: Int[Array, ""]) -> Bool[Array, "batch candidates"]:
     """Where the `count` largest of all these non-negative values stand; ties go to the earlier place.
 
-    Non-negative floats are ordered as their bits are, so 31 counts find the last value that is kept, bit by bit.
+    Non-negative floats are ordered as their bits are, so counting bits finds the last value that is kept.
     """
     bits = lax.bitcast_convert_type(values, jnp.int32)
-
-    def refine(n, least):
-        higher = least | (jnp.int32(1) << (30 - n))
-        return jnp.where(jnp.sum((bits >= higher).astype(jnp.int32)) >= count, higher, least)
-
-    least = lax.fori_loop(0, 31, refine, jnp.int32(0))
+    least = _by_histograms(bits, count) if jax.default_backend() == "cpu" else _bit_by_bit(bits, count)
     above, tied = bits > least, bits == least
     room = count - jnp.sum(above.astype(jnp.int32))
-    # a running count of all places would take longer than the 31 counts: only one row keeps some of its ties, not all
+    # a running count of all places would take longer than all of that: only one row keeps some of its ties, not all
     ties = jnp.sum(tied.astype(jnp.int32), axis=-1)
     upto = jnp.cumsum(ties)
     last = jnp.argmax(upto > room)
     some = jnp.cumsum(tied[last].astype(jnp.int32)) <= room - upto[last] + ties[last]
     here = (jnp.arange(ties.size) == last)[:, None] & some[None]
     return above | (tied & ((upto <= room)[:, None] | here))
+
+
+def _bit_by_bit(bits: Int[Array, "batch candidates"], count: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest b that at least `count` of these are not below, or 0: 31 counts, each a plain sum."""
+
+    def refine(n, least):
+        higher = least | (jnp.int32(1) << (30 - n))
+        return jnp.where(jnp.sum((bits >= higher).astype(jnp.int32)) >= count, higher, least)
+
+    return lax.fori_loop(0, 31, refine, jnp.int32(0))
+
+
+def _by_histograms(bits: Int[Array, "batch candidates"], count: Int[Array, ""]) -> Int[Array, ""]:
+    """As `_bit_by_bit`, eleven bits at a time: four times faster on CPU; on a GPU all zeros would meet in one bin."""
+    least, above = jnp.int32(0), jnp.int32(0)  # `above`: how many are beyond all that begin as `least` does
+    for shift, width in ((20, 11), (9, 11), (0, 9)):
+        bins = 2**width
+        inside = (bits >> (shift + width)) == (least >> (shift + width))
+        place = jnp.where(inside, (bits >> shift) & (bins - 1), bins)
+        sizes = jnp.zeros(bins + 1, jnp.int32).at[place.reshape(-1)].add(1)[:bins]
+        upto = above + jnp.cumsum(sizes[::-1])[::-1]  # not below each bin
+        digit = jnp.maximum(jnp.sum((upto >= count).astype(jnp.int32)) - 1, 0)
+        above = upto[digit] - sizes[digit]
+        least = least | (digit << shift)
+    return least
 
 
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:
