@@ -19,10 +19,10 @@ import numpy as np
 
 import qwen_eqx
 import sae
-from qwen_lab import cli, corpus, evaluation, figures, files, loading, locks, pages, provenance
+from qwen_lab import bounds, cli, corpus, evaluation, figures, files, loading, locks, pages, provenance
 from qwen_lab.bounds import Count, Times
 from qwen_lab.corpus import Document
-from qwen_lab.errors import InputError, at_least_one
+from qwen_lab.errors import InputError
 from qwen_lab.evaluation import Data
 from qwen_lab.places import Dictionary
 
@@ -48,7 +48,7 @@ class Config(loading.OnModel):
 
 
 def main(config: Config) -> None:
-    at_least_one(config, "limit", "max_tokens", "latents", "examples")
+    bounds.check(config)
     if not config.sink_times >= 0:
         raise InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
     given = find_saes(config.sae)

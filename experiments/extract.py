@@ -21,9 +21,8 @@ from rich.table import Table
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import cli, completions, files, locks, places, prompts, provenance, rows, stopping
+from qwen_lab import bounds, cli, completions, files, locks, places, prompts, provenance, rows, stopping
 from qwen_lab.bounds import Count, Seed
-from qwen_lab.errors import at_least_one
 from qwen_lab.prompts import Item
 
 
@@ -62,7 +61,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    at_least_one(config, "limit", "max_new_tokens", "batch_size", "items_per_shard")
+    bounds.check(config)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
     cli.say_what_a_demo_is(config.model)
     layers = [] if config.layers == "none" else places.parse_layers(config.layers, model.config.layers)

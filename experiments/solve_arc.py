@@ -23,6 +23,7 @@ import qwen_eqx
 import sae
 from qwen_lab import (
     answering,
+    bounds,
     cli,
     files,
     locks,
@@ -36,7 +37,7 @@ from qwen_lab import (
 )
 from qwen_lab.answering import Answer, How, Question
 from qwen_lab.bounds import Count, Seed, Whole
-from qwen_lab.errors import InputError, at_least_one
+from qwen_lab.errors import InputError
 from qwen_lab.predictions import RESCORED, Line
 
 FREE = ("out", "report_tasks")  # what a run may be gone on with differently; so may `select`, but for rescoring
@@ -122,8 +123,7 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Raises for flags that no run can have."""
-    at_least_one(config, "predictions_per_task", "max_new_tokens", "slots", "tasks_together", "items_per_shard")
-    at_least_one(config, "limit", "max_prompt_tokens")
+    bounds.check(config)
     for name in ("temperature", "top_p", "threshold"):
         value, most = getattr(config, name), float("inf") if name == "temperature" else 1.0
         if not 0 < value <= most:

@@ -22,9 +22,9 @@ from rich.text import Text
 
 import qwen_eqx
 import sae
-from qwen_lab import cli, completions, files, loading, locks, prompts, provenance
+from qwen_lab import bounds, cli, completions, files, loading, locks, prompts, provenance
 from qwen_lab.bounds import Count, Strength, Whole
-from qwen_lab.errors import InputError, at_least_one
+from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary
 from qwen_lab.prompts import Item
 
@@ -52,7 +52,7 @@ class Config(loading.OnModel):
 
 
 def main(config: Config) -> None:
-    at_least_one(config, "limit", "max_prompt", "max_new_tokens")
+    bounds.check(config)
     if not math.isfinite(config.strength):
         raise InputError(f"--strength: found {config.strength}, expected a finite number")
     loaded = sae.load_with_metadata(config.sae)

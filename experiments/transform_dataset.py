@@ -22,9 +22,9 @@ from arc.data import content_id, reasons, task_from_examples
 from arc.files import read_json, whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
-from qwen_lab import cli, files, locks, provenance, stopping
+from qwen_lab import bounds, cli, files, locks, provenance, stopping
 from qwen_lab.bounds import Count
-from qwen_lab.errors import INPUT_ERRORS, InputError, at_least_one
+from qwen_lab.errors import INPUT_ERRORS, InputError
 
 SAVE_EVERY = 500  # records between two savings of the state
 
@@ -206,7 +206,7 @@ def finish(out: Path, state: State) -> None:
 def main(config: Config) -> None:
     if config.max_train_pairs < 2:
         raise InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
-    at_least_one(config, "max_samples")
+    bounds.check(config)
     with locks.claimed(config.out):
         transform(config)
 

@@ -1,6 +1,7 @@
 """What is wrong with the input, in one line a person can act on."""
 
 import errno
+import os
 from numbers import Integral
 from pathlib import Path
 
@@ -15,10 +16,12 @@ class DiskFull(OSError):
     """No room to write: the message names path, bytes needed and bytes free; commands exit with 1."""
 
     def __init__(self, path: Path, needed: int, free: int):
-        super().__init__(
-            f"{path}: found {free:,} bytes free or allowed, expected {needed:,}; free some, or write elsewhere"
-        )
-        self.errno, self.path, self.needed, self.free = errno.ENOSPC, path, needed, free
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self.path, self.needed, self.free = path, needed, free
+
+    def __str__(self) -> str:
+        room = f"found {self.free:,} bytes free or allowed, expected {self.needed:,}"
+        return f"{self.path}: {room}; free some, or write elsewhere"
 
 
 def positive(name: str, value: object) -> None:

@@ -1,6 +1,6 @@
 """What is wrong with the input or the disk, in one line a person can act on."""
 
-import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -12,13 +12,9 @@ class InputError(ValueError):
 class DiskFull(OSError):
     """A file that found no room: the message names it, the bytes it needs and those that are free; commands exit with 1."""
 
-    @classmethod
-    def at(cls, path: Path, needed: int) -> "DiskFull":
-        free = shutil.disk_usage(path.parent).free
-        text = (
-            f"no room for {path}: {needed:,} bytes needed, {free:,} free on the disk; what was written before is kept"
-        )
-        return cls(errno.ENOSPC, text)
+    def __init__(self, number: int, path: Path, needed: int):
+        super().__init__(number, os.strerror(number), str(path))
+        self.needed, self.free = needed, shutil.disk_usage(path.parent).free
 
     def __str__(self) -> str:
-        return str(self.strerror)
+        return f"{self.filename}: found {self.free:,} bytes free ({self.strerror}), expected room for {self.needed:,}"

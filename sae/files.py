@@ -66,7 +66,7 @@ def commit(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno in FULL:
-            raise DiskFull.at(path, len(data)) from error
+            raise DiskFull(error.errno, path, len(data)) from error
         raise
     fsync_directory(path.parent)
 

@@ -19,7 +19,7 @@ import arc
 import qwen_eqx
 import qwen_lab
 import sae
-from qwen_lab import cli, completions, errors, files, jobs, provenance, stopping
+from qwen_lab import bounds, cli, completions, files, jobs, provenance, stopping
 from qwen_lab.runs import Run
 from running import ROOT, small
 from strategies import tasks
@@ -220,11 +220,27 @@ def test_the_lab_raises_its_own_error_and_no_other_packages():
                 assert path.name == "cli.py", f"{path.name}:{node.lineno}: only a command's edge exits"
 
 
-def test_counts_are_at_least_one_and_none_is_no_count():
-    config = Flags(seed=0)
-    with pytest.raises(qwen_lab.InputError, match="--seed: found 0, expected at least 1"):
-        errors.at_least_one(config, "seed")
-    errors.at_least_one(dataclasses.replace(config, seed=None), "seed")  # pyright: ignore[reportArgumentType]
+def test_bounds_stand_at_the_flag_and_none_is_no_number():
+    @dataclasses.dataclass(frozen=True)
+    class Few:
+        """Flags."""
+
+        limit: bounds.Count | None = 1
+
+    bounds.check(Few())
+    bounds.check(Few(None))
+    for wrong in (0, -1, 10**9 + 1):
+        with pytest.raises(qwen_lab.InputError, match=rf"--limit: found {wrong}, expected at"):
+            bounds.check(Few(wrong))
+
+
+def test_every_public_name_has_a_home_and_is_known_to_type_checkers():
+    source = ast.parse(Path(qwen_lab.__file__ or "").read_text())
+    imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    shown = {alias.asname: str(node.module).removeprefix("qwen_lab.") for node in imports for alias in node.names}
+    assert shown == qwen_lab._HOMES
+    for name in shown:
+        assert getattr(qwen_lab, name) is not None
 
 
 # ---------------------------------------------------------------- files and provenance

@@ -4,7 +4,6 @@ import errno
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import arc
 import qwen_eqx
@@ -49,11 +48,3 @@ def wrong_name(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object[:80]!a}: found characters that no file can hold ({error.reason}), expected text"
     return None
-
-
-def at_least_one(config: Any, *names: str) -> None:
-    """Raises for a count below 1 among these fields, naming its flag; None is no count."""
-    for name in names:
-        count = getattr(config, name)
-        if count is not None and count < 1:
-            raise InputError(f"--{name.replace('_', '-')}: found {count}, expected at least 1")

@@ -1,5 +1,6 @@
 """Forms that keep k latents, of each sample or of a batch on average: a sparse path, where only one product is dense."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -29,6 +30,10 @@ class AbstractKSparse(AbstractDictionary):
         return self.k if self.exactly_k else min(self.d_sae, per_k * self.k)
 
     @abstractmethod
+    def sparse_pays(self) -> bool:
+        """Whether the sparse path is the faster one for a module of this size; both give the same."""
+
+    @abstractmethod
     def select(self, x: Float[Array, "batch ..."], hyper: Hyper, dtype: Any, candidates: int) -> Selection:
         """Which latents each sample keeps: `candidates` by one dense product in `dtype`, then the k of the rule."""
 
@@ -41,6 +46,14 @@ class AbstractBatchTopK(AbstractKSparse):
     """A dictionary whose batch keeps k latents a sample on average while training; a threshold stands for that later."""
 
     threshold: AbstractVar[Float[Array, ""]]
+
+    def sparse_pays(self) -> bool:
+        """On CPU what two dense products less cost a sample, beside pairs and a selection of candidates that may overflow.
+
+        In nanoseconds 0.08 · d_sae · width against 10 · d_sae + 0.9 · k · width: fitted to 2 cores (docs/LOG.md).
+        """
+        width = math.prod(self.reads)
+        return jax.default_backend() != "cpu" or self.d_sae * (0.08 * width - 10) > 0.9 * self.k * width
 
     def with_threshold(self, rows: Float[Array, "rows ..."]) -> "AbstractBatchTopK":
         """The same with the threshold at which k latents fire on average on these rows."""

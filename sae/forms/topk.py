@@ -65,6 +65,9 @@ class TopK(AbstractSAE, AbstractKSparse):
         y_hat = product(z, self.decoder.T, dtype) + self.b_dec[None]
         return Objective.of(losses.squared_error(y, y_hat), y, y_hat, count_fired(z), z)
 
+    def sparse_pays(self) -> bool:
+        return True
+
     def select(self, x: Float[Array, "batch d_model"], hyper: Hyper, dtype: Any, candidates: int) -> Selection:
         indices, _ = choose(self.centre(x).astype(dtype), self.encoder.astype(dtype), self.b_enc, candidates)
         kept = jnp.broadcast_to(jnp.arange(candidates, dtype=jnp.float32)[None] < hyper.k, indices.shape)

@@ -1,6 +1,6 @@
 """One training step of one member: loss, gradient, Adam, and what the form keeps true of its parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -15,6 +15,8 @@ from sae.forms.ksparse import AbstractKSparse
 from sae.forms.objective import Hyper, Objective, Taken, flat
 from sae.training.config import TrainConfig
 from sae.training.state import StepMetrics, TrainState, adam, standardized
+
+Gradient = tuple[Objective, AbstractDictionary]
 
 
 def step(
@@ -96,6 +98,10 @@ def _gradient(
 
     if not isinstance(module, AbstractKSparse):
         return evaluate(dense, False)
+    aux = k_aux > 0 and config.aux > 0
+    which = jnp.any(since_fired >= config.dead_after).astype(jnp.int32) if aux else jnp.int32(0)
+    if not module.sparse_pays():
+        return _taken(which, [lambda: evaluate(dense, False), *([lambda: evaluate(dense, True)] if aux else [])])
     meant = module.unit_rows() if unit else module
     assert isinstance(meant, AbstractKSparse)
     chosen = lax.stop_gradient(meant.select(x, hyper, dtype, module.candidates(config.candidates)))
@@ -103,15 +109,15 @@ def _gradient(
     def sparse(module: AbstractKSparse) -> Objective:
         return module.sparse_loss(x, y, chosen)
 
-    aux = k_aux > 0 and config.aux > 0
-    paths = [lambda: evaluate(sparse, False)]
-    which = jnp.int32(0)
-    if aux:
-        paths.append(lambda: evaluate(sparse, True))
-        which = jnp.any(since_fired >= config.dead_after).astype(jnp.int32)
+    paths = [lambda: evaluate(sparse, False), *([lambda: evaluate(sparse, True)] if aux else [])]
     if not module.exactly_k:
         which = jnp.where(chosen.overflow, len(paths), which)
         paths.append(lambda: evaluate(dense, aux))
+    return _taken(which, paths)
+
+
+def _taken(which: Int32[Array, ""], paths: Sequence[Callable[[], Gradient]]) -> Gradient:
+    """What the path of this number gives; all members of a vmap take one."""
     return lax.switch(_shared(which), paths) if len(paths) > 1 else paths[0]()
 
 
