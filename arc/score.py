@@ -92,7 +92,7 @@ class Report:
     """Mean over test inputs: what Kaggle shows."""
     pass_at: dict[int, float]
     """n -> mean over test inputs of the chance that one of n samples is right; test inputs with fewer samples count
-    with all they have."""
+    with all they have; no n beyond the most samples that one has."""
     parse_rate: float
     right_size_rate: float
     """Share of all samples whose grid has the true shape."""
@@ -143,7 +143,7 @@ def evaluate(
     return Report(
         score=sum(solved.values()) / len(solved),
         per_output=sum(solved[key] * number for key, number in tests.items()) / sum(tests.values()),
-        pass_at={k: _mean_pass(k, outcomes) for k in n},
+        pass_at={k: _mean_pass(k, outcomes) for k in n if k <= max(made for made, _ in outcomes)},
         parse_rate=sum(row.parsed for row in rows) / total,
         right_size_rate=sum(row.right_size for row in rows) / total,
         rows=tuple(rows),

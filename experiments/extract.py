@@ -82,7 +82,7 @@ def fill(
     writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
     provenance.record_run(config.out, config)
     cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
-    generated, seconds = 0, 0.0
+    read, generated, seconds, speed = 0, 0, 0.0, ""
     todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
     with cli.bar(len(todo), "generating", "prompts") as advance:
         for shard in writer.missing:
@@ -93,13 +93,15 @@ def fill(
                 begin = time.perf_counter()
                 out = answer(model, tokenizer, [items[number] for number in batch], capture, config)
                 seconds += time.perf_counter() - begin
+                read += sum(len(items[number].tokens) for number in batch)
                 generated += int(out.lengths.sum())
                 for row, number in enumerate(batch):
                     parts.append(to_rows(out, row, number, items[number]))
                     said.append(entry(out, row, items[number], tokenizer))
-                advance(len(batch), f"{generated / seconds:,.0f} tok/s ")
+                speed = f"{read / seconds:,.0f} prompt, {generated / seconds:,.0f} generated tok/s"
+                advance(len(batch), f"{speed} ")
             writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), said)
-    report(config, generated, seconds)
+    report(config, speed)
 
 
 def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> list[Item]:
@@ -163,7 +165,7 @@ def manifest(
     return rows.manifest(model, tokenizer, capture, sae.Plan(items, config.items_per_shard), origin)
 
 
-def report(config: Config, generated: int, seconds: float) -> None:
+def report(config: Config, speed: str) -> None:
     """Reads the store back and says what is in it."""
     store = sae.ActivationStore.open(config.out)
     store.verify()
@@ -181,8 +183,8 @@ def report(config: Config, generated: int, seconds: float) -> None:
         f"{len(store):,} × {len(store.sites)} × {store.manifest.d_model} {store.manifest.dtype}",
     )
     table.add_row("bytes", f"{size / 1e6:,.1f} MB in {len(store.shards)} shards, digests verified")
-    if generated:
-        table.add_row("speed", f"{generated / seconds:,.1f} generated tok/s (prefill and compilation included)")
+    if speed:
+        table.add_row("speed", f"{speed} (compilation included)")
     table.add_row("answers", ", ".join(f"{count} {name}" for name, count in said.most_common()))
     table.add_row("where", str(config.out))
     cli.console.print(table)

@@ -71,6 +71,13 @@ def test_the_report_counts():
     assert table[3] == "one     100%        3       2     2      1  cut off 1"
 
 
+def test_no_more_is_said_of_than_was_drawn():
+    """By default n up to 8: of three samples pass@1 and pass@2 are, and nothing is called pass@8."""
+    samples = [sample("one", 0, X), sample("one", 0, Y), sample("one", 0, None)]
+    made = arc.submission.from_predictions({"one": [[X, Y]]}, [ONE])
+    assert list(evaluate(samples, made, [ONE]).pass_at) == [1, 2]
+
+
 def wrong_by_one(grid):
     cells = grid.copy()
     cells[-1, -1] = (cells[-1, -1] + 1) % 10

@@ -21,7 +21,7 @@ def record_run(directory: Path, config: Any) -> None:
         "config": files.jsonable(config),
         "versions": versions(),
         "python": sys.version.split()[0],
-        "device": f"{device.platform}: {device.device_kind} x {jax.device_count()}",
+        "device": f"{device.platform}: {device.device_kind}, 1 of {jax.device_count()}",  # a run computes on the first
         "git_revision": git_revision(),
     }
     files.write_json(directory / "run.json", facts)
