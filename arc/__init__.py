@@ -11,6 +11,7 @@ from arc import generators as generators
 from arc import parse as parse
 from arc import prompt as prompt
 from arc import render as render
+from arc import spans as spans
 from arc import submission as submission
 from arc import vote as vote
 from arc.ask import Asking as Asking
@@ -35,6 +36,7 @@ from arc.prompt import prefill as prefill
 from arc.prompt import prompt_text as prompt_text
 from arc.score import evaluate as evaluate
 from arc.score import score as score
+from arc.spans import Cell as Cell
 from arc.task import Pair as Pair
 from arc.task import Task as Task
 from arc.vote import SELECT as SELECT

@@ -5,11 +5,14 @@ for byte; fine-tuned checkpoints of that family know no other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from arc.encode import DEFAULT_ENCODER, Encoder, as_encoder
 from arc.errors import InputError
 from arc.grid import Grid
+from arc.spans import Cell, Marked, Part, cells_of, unmarked
 from arc.task import Task
 
 _PRIORS_V0 = """\
@@ -121,6 +124,19 @@ def prompt_text(messages: list[dict[str, str]], begun: str = "", template: Calla
     return "".join(message["content"].rstrip("\n") + "\n\n" for message in messages) + begun
 
 
+class PlacedGrid(NamedTuple):
+    """A grid of a prompt, and the character at which its text starts."""
+
+    pair: int
+    part: Part
+    grid: Grid
+    start: int
+    encoder: Encoder
+
+    def cells(self) -> list[Cell]:
+        return cells_of(self.encoder, self.grid, self.pair, self.part, self.start)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One test input of a task, ready to complete."""
@@ -132,6 +148,17 @@ class Prompt:
     """Training pairs of the task left out to fit the budget."""
     length: int | None
     """In the units of the budget, where one was given."""
+    grids: tuple[PlacedGrid, ...] | None = field(default=None, repr=False)
+    """Where each grid's text starts; None where a template does not leave the grids as they were written."""
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell of every grid in `text`, in the order in which they stand there."""
+        if self.grids is None:
+            raise InputError(
+                "template: found one that does not leave the grids as they were written, expected them whole: no cells"
+            )
+        return tuple(cell for grid in self.grids for cell in grid.cells())
 
 
 class TooLong(InputError):
@@ -166,7 +193,27 @@ def build(
         length = None if count is None else count(text)
         if length is None or budget is None or length <= budget:
             dropped = tuple(index for index in range(len(task.train)) if index not in kept)
-            return Prompt(text, begun, dropped, length)
+            marked = prompt_text(chat_messages(part, test, Marked(encoder), format), begun, template)
+            return Prompt(text, begun, dropped, length, _placed(task, (test, kept), encoder, (text, marked)))
         if len(kept) == 1:
             raise TooLong(f"task {task.id}, test {test}: found length {length} with one pair, expected {budget}")
         kept.remove(max(kept, key=lambda index: (lengths[index], index)))
+
+
+def _placed(
+    task: Task, asked: tuple[int, list[int]], encoder: Encoder, texts: tuple[str, str]
+) -> tuple[PlacedGrid, ...] | None:
+    """The grids of a prompt by the marks in its marked twin; `asked`: the test, and the training pairs kept."""
+    (test, kept), (text, marked) = asked, texts
+    plain, starts = unmarked(marked)
+    grids: list[tuple[int, Part, Grid]] = []
+    for index in kept:
+        pair = task.train[index]
+        assert pair.output is not None  # Task holds no training pair without one
+        grids.append((index, "input", pair.input))
+        grids.append((index, "output", pair.output))
+    grids.append((len(task.train) + test, "input", task.test[test].input))
+    if plain != text or len(starts) != len(grids):
+        return None
+    placed = tuple(PlacedGrid(*grid, start, encoder) for grid, start in zip(grids, starts, strict=True))
+    return placed if all(text.startswith(encoder.encode(each.grid), each.start) for each in placed) else None

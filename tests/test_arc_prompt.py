@@ -168,3 +168,36 @@ def test_no_budget_drops_nothing():
     assert build(TASK).dropped == ()
     assert build(TASK).length is None
     assert np.array_equal(TASK.test[0].input, [[6]])
+
+
+@given(tasks(), st.sampled_from(sorted(arc.ENCODERS)), st.sampled_from(sorted(arc.PROMPTS)), st.booleans(), st.data())
+def test_every_cell_of_every_grid_is_where_the_prompt_says(task, encoder, name, fits, data):
+    """In order, each with characters of its own that hold its symbol; pairs keep their numbers where some are dropped."""
+    test = data.draw(st.integers(0, len(task.test) - 1))
+    template = chatml if data.draw(st.booleans()) else None
+    whole = build(task, test, encoder=encoder, format=name, template=template)
+    budget = {} if fits else {"count": len, "budget": max(len(whole.text) - 1, 1)}
+    try:
+        prompt = build(task, test, encoder=encoder, format=name, template=template, **budget)
+    except arc.prompt.TooLong:
+        return
+    grids = {(n, "input"): pair.input for n, pair in enumerate(task.train) if n not in prompt.dropped}
+    grids |= {(n, "output"): pair.output for n, pair in enumerate(task.train) if n not in prompt.dropped}
+    grids[len(task.train) + test, "input"] = task.test[test].input
+    assert sorted({(cell.pair, cell.part) for cell in prompt.cells}) == sorted(grids)
+    assert [cell.start for cell in prompt.cells] == sorted(cell.start for cell in prompt.cells)
+    for (pair, part), grid in grids.items():
+        mine = [cell for cell in prompt.cells if (cell.pair, cell.part) == (pair, part)]
+        assert [(cell.row, cell.col, cell.colour) for cell in mine] == [(*at, int(v)) for at, v in np.ndenumerate(grid)]
+        begin = mine[0].start - arc.spans.cell_spans(arc.ENCODERS[encoder], grid)[0][0][0]
+        written = arc.ENCODERS[encoder].encode(grid)
+        assert prompt.text[begin : begin + len(written)] == written
+
+
+def test_a_template_that_takes_grids_apart_leaves_no_cells():
+    def upside_down(messages, add_generation_prompt=True):
+        return "".join(sorted(messages[-1]["content"]))
+
+    prompt = build(TASK, format="compact", template=upside_down)
+    with pytest.raises(arc.InputError, match="does not leave the grids"):
+        _ = prompt.cells

@@ -23,8 +23,8 @@ ORDER = {
     },
     "arc": {
         "": [
-            "errors", "files", "grid", "task", "records", "data", "encode", "augment", "prompt", "parse", "ask", "vote",
-            "submission", "score", "family", "cells", "families_whole", "families_objects", "generators", "canvas",
+            "errors", "files", "grid", "task", "records", "data", "encode", "spans", "augment", "prompt", "parse", "ask",
+            "vote", "submission", "score", "family", "cells", "families_whole", "families_objects", "generators", "canvas",
             "render",
         ],
     },

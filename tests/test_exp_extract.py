@@ -54,7 +54,14 @@ def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
 
 def test_it_says_what_it_did_and_what_comes_next(extracted: tuple[Path, str]):
     out, said = extracted
-    for part in ("demonstration model", "--model", " prompt, ", " generated tok/s", str(out), "next: python experiments/train_sae.py"):
+    for part in (
+        "demonstration model",
+        "--model",
+        " prompt, ",
+        " generated tok/s",
+        str(out),
+        "next: python experiments/train_sae.py",
+    ):
         assert part in said
     run = json.loads((out / "run.json").read_text())
     assert run["config"]["limit"] == 2

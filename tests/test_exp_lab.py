@@ -271,3 +271,15 @@ def test_the_map_has_a_row_for_every_command():
     page = (EXPERIMENTS / "README.md").read_text()
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(path.name for path in EXPERIMENTS.glob("*.py"))
+
+
+@given(tasks())
+def test_tokens_know_the_cell_they_stand_in(task: arc.Task):
+    prompt = arc.prompt.build(task, template=TOKENIZER.render_chat)
+    ids, offsets = TOKENIZER.encode_with_offsets(prompt.text)
+    owners = qwen_lab.cells_of_tokens(prompt.cells, offsets)
+    assert len(owners) == len(ids)
+    for (start, end), cell in zip(offsets, owners, strict=True):
+        held = [each for each in prompt.cells if each.start < end and start < each.end]
+        assert cell == (held[0] if held else None)
+    assert {cell for cell in owners if cell} <= set(prompt.cells)

@@ -218,7 +218,7 @@ grids = st.tuples(st.integers(1, 12), st.integers(1, 5)).flatmap(
 def test_every_cell_is_found_in_every_encoding(grid, name: str):
     """Changing one cell changes text only from that cell's characters on, and all cells have their own."""
     encoder = arc.ENCODERS[name]
-    text, spans = encoder.encode(grid), corpus.cell_spans(encoder, grid)
+    text, spans = encoder.encode(grid), arc.spans.cell_spans(encoder, grid)
     flat = [span for row in spans for span in row]
     assert [len(row) for row in spans] == [grid.shape[1]] * grid.shape[0]
     assert all(a < b for a, b in flat)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qwen_lab.completions import read as read
     from qwen_lab.completions import tokens_of as tokens_of
     from qwen_lab.corpus import Document as Document
+    from qwen_lab.corpus import cells_of_tokens as cells_of_tokens
     from qwen_lab.corpus import documents as documents
     from qwen_lab.errors import InputError as InputError
     from qwen_lab.errors import RunError as RunError
@@ -38,6 +39,7 @@ _HOMES = {
     "read": "completions",
     "tokens_of": "completions",
     "Document": "corpus",
+    "cells_of_tokens": "corpus",
     "documents": "corpus",
     "InputError": "errors",
     "RunError": "errors",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,29 +10,12 @@ from jaxtyping import Float
 import arc
 import qwen_eqx
 import sae
-from arc.encode import Code, Encoder, Json, LineEncoder, Shape, as_encoder
+from arc.encode import Encoder, as_encoder
 from arc.prompt import PromptFormat, TooLong
+from arc.spans import Cell
 from qwen_lab import prompts
-from qwen_lab.errors import InputError
 
-OPEN, CLOSE = "\ue000", "\ue001"  # private characters that mark a grid's text while a prompt is built
-
-
-@dataclasses.dataclass(frozen=True)
-class Marked(Encoder):
-    """An encoder's text between two marks, so that a grid is found wherever a prompt puts it."""
-
-    inner: Encoder
-
-    def encode(self, grid: arc.Grid) -> str:
-        return OPEN + self.inner.encode(grid) + CLOSE
-
-    def rows(self, text: str) -> list[list[int]]:
-        return self.inner.rows(text.strip(OPEN + CLOSE))
-
-    @property
-    def opening(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.opening
+PARTS = ("input", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,61 +73,42 @@ def documents(
     return fitting
 
 
+def cells_of_tokens(cells: Sequence[Cell], offsets: Sequence[tuple[int, int]]) -> list[Cell | None]:
+    """The cell that each token stands in, of `arc.prompt.build(…).cells` and `tokenizer.encode_with_offsets(text)`.
+
+    A token that holds characters of several cells is the first one's; None where it holds of none.
+    """
+    owner: dict[int, Cell] = {}
+    for cell in cells:
+        owner |= dict.fromkeys(range(cell.start, cell.end), cell)
+    return [next((owner[at] for at in range(*span) if at in owner), None) for span in offsets]
+
+
 def _document(task: arc.Task, test: int, tokenizer: qwen_eqx.Tokenizer, asking: arc.Asking) -> Document | None:
     encoder, truth = as_encoder(asking.encoder), task.test[test].output
     answer = "" if truth is None else encoder.encode(truth)[len(encoder.opening) :]
-    answered = dataclasses.replace(
-        asking, encoder=Marked(encoder), count=lambda text: len(tokenizer.encode(_unmarked(text)[0] + answer))
-    )
+    answered = dataclasses.replace(asking, count=lambda text: len(tokenizer.encode(text + answer)))
     try:
         prompt = answered.prompt(task, test)
     except TooLong:
         return None
-    text, starts = _unmarked(prompt.text)
-    kept = [pair for number, pair in enumerate(task.train) if number not in prompt.dropped]
-    grids = [grid for number, pair in enumerate(kept, 1) for grid in _titled(f"example {number}, ", pair)]
-    grids.append(("test input", task.test[test].input))
+    cells, text = list(prompt.cells), prompt.text
     if truth is not None:
-        grids.append(("right answer", truth))
-        starts.append(len(text) - len(encoder.opening))
+        cells += arc.spans.cells_of(encoder, truth, len(task.train) + test, "output", len(text) - len(encoder.opening))
         text += answer
+    kept = [number for number in range(len(task.train)) if number not in prompt.dropped]
+    titles = {(number, part): f"example {place}, {part}" for place, number in enumerate(kept, 1) for part in PARTS}
+    titles |= {(len(task.train) + test, "input"): "test input", (len(task.train) + test, "output"): "right answer"}
     placed = [
-        PlacedGrid(title, grid, [[(at + a, at + b) for a, b in row] for row in cell_spans(encoder, grid)])
-        for (title, grid), at in zip(grids, starts, strict=True)
+        _placed(titles[grid], list(each))
+        for grid, each in itertools.groupby(cells, key=lambda cell: (cell.pair, cell.part))
     ]
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     return Document(task.id, test, text, encoding.ids, list(encoding.offsets), placed)
 
 
-def _titled(before: str, pair: arc.Pair) -> list[tuple[str, arc.Grid]]:
-    assert pair.output is not None  # Task holds no training pair without one
-    return [(f"{before}input", pair.input), (f"{before}output", pair.output)]
-
-
-def _unmarked(text: str) -> tuple[str, list[int]]:
-    """The text without marks, and where in it each marked grid starts."""
-    starts, plain = [], 0
-    for part in re.split(f"({OPEN}|{CLOSE})", text):
-        if part == OPEN:
-            starts.append(plain)
-        elif part != CLOSE:
-            plain += len(part)
-    return text.replace(OPEN, "").replace(CLOSE, ""), starts
-
-
-def cell_spans(encoder: Encoder, grid: arc.Grid) -> list[list[tuple[int, int]]]:
-    """The characters [start, end) of each cell in `encoder.encode(grid)`; a separator belongs to the cell after it."""
-    if isinstance(encoder, Code | Shape):
-        start = encoder.encode(grid).index("\n") + 1
-        return [[(start + a, start + b) for a, b in row] for row in cell_spans(encoder.inner, grid)]
-    if isinstance(encoder, Json):
-        digits = iter([match.span() for match in re.finditer("[0-9]", encoder.encode(grid))])
-        return [[next(digits) for _ in row] for row in grid]
-    if isinstance(encoder, LineEncoder):
-        spans, at = [], 0
-        for index, cells in enumerate(grid.tolist()):
-            ends = [at + len(encoder.line(cells[:count], index)) for count in range(len(cells) + 1)]
-            spans.append(list(itertools.pairwise(ends)))
-            at = ends[-1] + 1  # the line end
-        return spans
-    raise InputError(f"encoder {encoder}: found no known layout of cells, expected an encoder of arc.encode")
+def _placed(title: str, cells: list[Cell]) -> PlacedGrid:
+    """The grid that these cells make, in the order of its rows."""
+    rows = [list(row) for _, row in itertools.groupby(cells, key=lambda cell: cell.row)]
+    grid = arc.as_grid([[cell.colour for cell in row] for row in rows])
+    return PlacedGrid(title, grid, [[(cell.start, cell.end) for cell in row] for row in rows])
