@@ -3,7 +3,6 @@
 import inspect
 import json
 import shutil
-import time
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -331,10 +330,8 @@ SHARING = [doubled(what) for what in COMPARING] + [doubled(what, "(1,)", "({0}, 
 
 @pytest.mark.parametrize("template", SHARING, ids=[*COMPARING, *HASHING])
 def test_values_that_are_large_only_inside_are_not_compared(template: str):
-    began = time.process_time()
-    with pytest.raises(InputError, match=r"found more than \d+ characters of work"):
+    with pytest.raises(InputError, match=r"found more than \d+ characters of work"):  # unmetered it would take minutes
         render(template)
-    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
