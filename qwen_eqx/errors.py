@@ -20,7 +20,7 @@ class DiskFull(OSError):
         self.path, self.needed, self.free = path, needed, free
 
     def __str__(self) -> str:
-        room = f"found {self.free:,} bytes free or allowed, expected {self.needed:,}"
+        room = f"found {self.free:,} bytes free or allowed ({self.strerror}), expected {self.needed:,}"
         return f"{self.path}: {room}; free some, or write elsewhere"
 
 

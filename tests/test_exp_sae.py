@@ -156,6 +156,7 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
 
 def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
     foreign = sae.BatchTopK.init(d_model=144, d_sae=32, k=4, key=jax.random.key(0))  # at a site of another width
+    foreign = foreign.with_threshold(jax.random.normal(jax.random.key(1), (64, 144)))
     sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)

@@ -113,7 +113,8 @@ def test_progress_hears_of_every_completion():
         ({"prompts": [[1], [97]]}, r"prompts\[1\]\[0\]: found 97"),
         ({"prompts": [[1] * 60]}, r"prompts\[0\]: found 60 tokens, expected at most 58"),
         ({"prompts": iter([[1]])}, "max_prompt_tokens: missing"),
-        ({"max_new_tokens": 1 << 40}, "nothing is ever truncated"),
+        ({"max_new_tokens": 1 << 20}, "nothing is ever truncated"),
+        ({"max_new_tokens": 1 << 40}, "max_new_tokens: found 1099511627776, expected a whole number of at most"),
     ],
 )
 def test_refusals(change: dict, line: str):
