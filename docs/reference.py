@@ -1,6 +1,7 @@
 """Hooks of mkdocs: reference pages from docstrings, one for each package and folder, and anchors as on GitHub."""
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def pages() -> Iterator[tuple[str, str, str]]:
     """(title, file, Markdown) of every page: what a folder says and defines, what it hands out, each of its files."""
     for folder in filter(tree.is_package, tree.folders()):
         name = dotted(folder)
-        names = [f"[`{short}`][{place}]" for short, place in handed_out(folder).items()]
+        names = [link(short, place, name) for short, place in handed_out(folder).items()]
         given = [f"`import {name}` gives {', '.join(names)}."] if names else []
         parts = [
             f"# {name}",
@@ -52,7 +53,19 @@ def pages() -> Iterator[tuple[str, str, str]]:
             *given,
         ]
         parts += [f"::: {dotted(path)}" for path in tree.files(folder)]
-        yield name, f"reference/{name.replace('.', '/')}.md", "\n\n".join(parts) + "\n"
+        yield name, page(name), "\n\n".join(parts) + "\n"
+
+
+def page(name: str) -> str:
+    """Where the page of a package or folder lies."""
+    return f"reference/{name.replace('.', '/')}.md"
+
+
+def link(short: str, place: str, here: str) -> str:
+    """To where something is defined; a folder is a page of its own."""
+    if (tree.ROOT / place.replace(".", "/") / "__init__.py").exists():
+        return f"[`{short}`]({os.path.relpath(page(place), os.path.dirname(page(here)))})"
+    return f"[`{short}`][{place}]"
 
 
 def on_config(config: MkDocsConfig) -> None:
