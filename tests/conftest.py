@@ -30,5 +30,5 @@ def few_programs() -> Iterator[None]:
     """Forgets compiled programs when they are many: each holds memory maps, of which a process may have 65,530."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
