@@ -88,13 +88,14 @@ class JumpReLU(AbstractSAE):
         over, under = jnp.clip(objective.l0 / by_now - 1.0, 0.0, 1.0), jnp.clip(1.0 - objective.l0 / wanted, 0.0, 1.0)
         fired = objective.fired.astype(jnp.float32)
         often = fired / jnp.maximum(jnp.sum(jnp.square(fired)) / jnp.maximum(jnp.sum(fired), 1.0), 1.0)
+        often = jnp.where(jnp.any(fired > 0), often, 1.0)  # where none fires all thresholds fall
         factor = jnp.exp(_RATE * (over - _DOWN * under * often))
         steered = jnp.where((asked > 0) & taken.good, threshold * factor, threshold)
         return eqx.tree_at(lambda m: m.threshold, self, steered)
 
 
 def _aim(active: Float[Array, ""], target: Float[Array, ""]) -> Float[Array, ""]:
-    """What the penalty aims at: the target, moved the other way by as many tenths as the batch misses it by percents."""
+    """What the penalty aims at: the target, moved the other way by ten times the batch's relative miss, e at most."""
     miss = jnp.clip(1.0 - lax.stop_gradient(active) / target, -1.0 / _GAIN, 1.0 / _GAIN)
     return target * jnp.exp(_GAIN * miss)
 
