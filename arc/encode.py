@@ -18,10 +18,11 @@ from typing import final
 import numpy as np
 
 from arc.errors import InputError
-from arc.grid import COLOUR_NAMES, Grid, as_grid
+from arc.grid import COLOUR_NAMES, MAX_SIDE, Grid, as_grid
 
 FENCE = "```"
 ARC24_SYMBOLS = "ñò÷ûąćďęĚĞ"  # one Qwen token each
+_FILLER = "_"
 _DIGITS = {str(digit): digit for digit in range(10)}  # int() also takes other scripts' digits
 
 
@@ -48,6 +49,10 @@ class LineEncoder(Encoder):
 
     @abstractmethod
     def line(self, cells: list[int], index: int) -> str: ...
+
+    def stem(self, cells: list[int], index: int) -> str:
+        """The part of the line that says its cells: all of it, but for padding."""
+        return self.line(cells, index)
 
     @abstractmethod
     def row(self, line: str, index: int) -> list[int]: ...
@@ -128,6 +133,33 @@ class Repeated(LineEncoder):
 
 @final
 @dataclass(frozen=True)
+class Padded(LineEncoder):
+    """`012_______`: every row filled up to one width, so that the cell above stands at one distance in every grid.
+
+    A row that is wider stays as it is.
+    """
+
+    width: int = 10
+
+    def __post_init__(self):
+        if not 1 <= self.width <= MAX_SIDE:
+            raise InputError(f"width={self.width}: expected 1 to {MAX_SIDE}")
+
+    def line(self, cells: list[int], index: int) -> str:
+        return self.stem(cells, index).ljust(self.width, _FILLER)
+
+    def stem(self, cells: list[int], index: int) -> str:
+        return "".join(map(str, cells))
+
+    def row(self, line: str, index: int) -> list[int]:
+        return _cells(line.rstrip(_FILLER), _DIGITS, index)
+
+    def __str__(self) -> str:
+        return "padded" if self.width == 10 else f"padded({self.width})"
+
+
+@final
+@dataclass(frozen=True)
 class Words(LineEncoder):
     """`Black Blue Red`: the colour words of the BARC data."""
 
@@ -157,7 +189,13 @@ class Symbols(LineEncoder):
             raise InputError(f"symbols={self.symbols!r}: {min(clash)!r} already has a meaning in {self.inner}")
 
     def line(self, cells: list[int], index: int) -> str:
-        return self.inner.line(cells, index).translate(str.maketrans("0123456789", self.symbols))
+        return self._written(self.inner.line(cells, index))
+
+    def stem(self, cells: list[int], index: int) -> str:
+        return self._written(self.inner.stem(cells, index))
+
+    def _written(self, digits: str) -> str:
+        return digits.translate(str.maketrans("0123456789", self.symbols))
 
     def row(self, line: str, index: int) -> list[int]:
         if digit := re.search("[0-9]", line):
@@ -177,6 +215,9 @@ class Rows(LineEncoder):
 
     def line(self, cells: list[int], index: int) -> str:
         return f"{index + 1} {self.inner.line(cells, index)}"
+
+    def stem(self, cells: list[int], index: int) -> str:
+        return f"{index + 1} {self.inner.stem(cells, index)}"
 
     def row(self, line: str, index: int) -> list[int]:
         number, _, rest = line.partition(" ")
@@ -263,6 +304,7 @@ _KINDS = {
     "minimal": (Minimal, ()), "MinimalGridEncoder": (Minimal, ()),
     "separated": (Separated, (str,)), "GridWithSeparationEncoder": (Separated, (str,)),
     "repeated": (Repeated, (int,)), "RepeatNumberEncoder": (Repeated, (int,)),
+    "padded": (Padded, (int,)),
     "words": (Words, ()),
     "json": (Json, ()),
     "symbols": (Symbols, (LineEncoder, str)), "ReplaceNumberEncoder": (Symbols, (LineEncoder, str)),
@@ -309,7 +351,7 @@ DEFAULT_ENCODER = "shape(rows(minimal))"
 ENCODERS: dict[str, Encoder] = {
     name: parse_encoder(name)
     for name in (
-        "minimal", "separated", "repeated", "symbols(minimal)", "words", "json", "rows(minimal)", "code(minimal)",
+        "minimal", "separated", "repeated", "padded", "symbols(minimal)", "words", "json", "rows(minimal)", "code(minimal)",
         "code(json)", "shape(minimal)", "shape(words)", "shape(rows(symbols(minimal)))", DEFAULT_ENCODER,
     )
 }  # fmt: skip

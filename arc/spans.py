@@ -75,8 +75,8 @@ def cell_spans(encoder: Encoder, grid: Grid) -> list[list[tuple[int, int]]]:
     if isinstance(encoder, LineEncoder):
         spans, at = [], 0
         for index, cells in enumerate(grid.tolist()):
-            ends = [at + len(encoder.line(cells[:count], index)) for count in range(len(cells) + 1)]
+            ends = [at + len(encoder.stem(cells[:count], index)) for count in range(len(cells) + 1)]
             spans.append(list(itertools.pairwise(ends)))
-            at = ends[-1] + 1  # the line end
+            at += len(encoder.line(cells, index)) + 1  # the line end
         return spans
     raise InputError(f"encoder {encoder}: found no known layout of cells, expected an encoder of arc.encode")

@@ -11,7 +11,8 @@ from strategies import grids
 COMPOSED = [
     *arc.ENCODERS,
     "separated(', ')", "code(separated(' '))", "code(repeated(2))", "shape(rows(repeated))", "symbols(rows(minimal))",
-    "shape(rows(words))", "symbols(minimal, 'ABCDEFGHIJ')", "shape(json)", "code(rows(separated))",
+    "shape(rows(words))", "symbols(minimal, 'ABCDEFGHIJ')", "shape(json)", "code(rows(separated))", "padded(3)",
+    "rows(padded(4))", "shape(symbols(padded))",
 ]  # fmt: skip
 
 
@@ -46,6 +47,8 @@ TEXTS = {
     "minimal": "012\n349",
     "separated": "0|1|2\n3|4|9",
     "separated(' ')": "0 1 2\n3 4 9",
+    "padded": "012_______\n349_______",
+    "padded(2)": "012\n349",
     "repeated": "000111222\n333444999",
     "symbols(minimal)": "ñò÷\nûąĞ",
     "words": "Black Blue Red\nGreen Yellow Maroon",
@@ -66,7 +69,7 @@ def test_texts(name):
 BAD_NAMES = [
     "", "nothing", "shape(", "shape(rows(minimal)", "shape(minimal))", "rows(shape(minimal))", "rows(json)",
     "shape(shape(minimal))", "__import__('os')", "minimal(3)", "repeated('2')", "repeated(0)", "separated(1)",
-    "separated('1')", "symbols(minimal, 'abc')", "symbols(words, 'BlacGrenYw')", "minimal minimal", "3", "'x'",
+    "separated('1')", "symbols(minimal, 'abc')", "symbols(words, 'BlacGrenYw')", "minimal minimal", "padded(0)", "padded(31)", "3", "'x'",
 ]  # fmt: skip
 
 
@@ -83,7 +86,7 @@ def test_a_name_without_arguments_takes_the_defaults():
 
 BAD_TEXTS = [
     ("minimal", ""), ("minimal", "01\n2"), ("minimal", "0a"), ("minimal", "٣"), ("minimal", "01\n"),
-    ("separated", "0||1"), ("repeated", "0001112"), ("repeated", "001"), ("words", "Black black"),
+    ("separated", "0||1"), ("padded", "01_2"), ("repeated", "0001112"), ("repeated", "001"), ("words", "Black black"),
     ("rows(minimal)", "1 01\n3 01"), ("rows(minimal)", "01\n01"), ("json", "[[0, 1], [2]]"), ("json", "[" * 10**5),
     ("json", "[[true]]"), ("code(minimal)", "```grid\n01"), ("code(minimal)", "01"), ("code(minimal)", "```grid\n```"),
     ("shape(minimal)", "```grid shape: 2x2\n01\n```"), ("shape(minimal)", "```grid\n01\n```"),

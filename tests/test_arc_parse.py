@@ -9,7 +9,14 @@ import arc
 from arc.parse import parse
 from strategies import grids
 
-NAMES = [*arc.ENCODERS, "shape(rows(words))", "code(separated(' '))", "separated(', ')", "rows(symbols(minimal))"]
+NAMES = [
+    *arc.ENCODERS,
+    "shape(rows(words))",
+    "code(separated(' '))",
+    "separated(', ')",
+    "rows(symbols(minimal))",
+    "padded(4)",
+]
 GRID = [[0, 1, 2], [3, 4, 5]]
 BEGUN = arc.prefill()  # "### Output\n\n```grid"
 
