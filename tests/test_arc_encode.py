@@ -69,7 +69,8 @@ def test_texts(name):
 BAD_NAMES = [
     "", "nothing", "shape(", "shape(rows(minimal)", "shape(minimal))", "rows(shape(minimal))", "rows(json)",
     "shape(shape(minimal))", "__import__('os')", "minimal(3)", "repeated('2')", "repeated(0)", "separated(1)",
-    "separated('1')", "symbols(minimal, 'abc')", "symbols(words, 'BlacGrenYw')", "minimal minimal", "padded(0)", "padded(31)", "3", "'x'",
+    "separated('1')", "symbols(minimal, 'abc')", "symbols(words, 'BlacGrenYw')", "minimal minimal", "3", "'x'",
+    "padded(0)", "padded(31)",
 ]  # fmt: skip
 
 

@@ -15,11 +15,14 @@ ORDER = {
     "qwen_eqx": {
         "": ["errors", "files"],
         "text": ["chat", "ids", "tokenizer"],
-        "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "room", "rows", "qwen", "effect"],
+        "model": [
+            "config", "sites", "layers", "rope", "cache", "causal", "attention", "edits", "room", "rows", "qwen", "effect",
+        ],
         "generation": [
             "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
         ],
         "weights": ["hub", "hf"],
+        "training": ["loss", "lora", "step", "loop"],
     },
     "arc": {
         "": [
@@ -46,7 +49,7 @@ ORDER = {
         "": [
             "errors", "bounds", "stopping", "files", "locks", "provenance", "cli", "prompts", "completions", "corpus",
             "places", "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings", "sweeps",
-            "runs", "jobs", "answering", "predictions", "solve_report",
+            "runs", "jobs", "answering", "predictions", "solve_report", "lessons", "exactness", "lm_settings", "lm_runs",
         ],
     },
 }  # fmt: skip

@@ -63,6 +63,26 @@ def loss_curves(path: Path, history: Sequence[Mapping[str, Any]], names: Sequenc
     return _said(path)
 
 
+def learning_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> str:
+    """A model's loss and its exact answers, on the tasks it trains on and on held-out ones, against the step."""
+    trained = [line for line in history if "loss" in line]
+    measured = [line for line in history if "families" in line]
+    with _figure(path, columns=3) as (loss, exact, families):
+        loss.plot([line["step"] for line in trained], [line["loss"] for line in trained], color=COLOURS[0], linewidth=1)
+        loss.set(xlabel="step", ylabel="loss, nats per token")
+        exact.plot([line["step"] for line in trained], [line["exact"] for line in trained], color=GRID, linewidth=1)
+        for part, label in (("seen", "held out"), ("unseen", "families never trained on")):
+            points = [(line["step"], line[part]) for line in measured if line[part] is not None]
+            exact.plot([x for x, _ in points], [y for _, y in points], label=label)
+        exact.set(xlabel="step", ylabel="exact answers", ylim=(0, 1))
+        exact.legend(fontsize=7, frameon=False)
+        last = sorted(measured[-1]["families"].items(), key=lambda item: item[1]) if measured else []
+        families.barh([name for name, _ in last], [rate for _, rate in last], color=COLOURS[0])
+        families.tick_params(axis="y", labelsize=4)
+        families.set(xlabel="exact answers, held out", xlim=(0, 1))
+    return _said(path)
+
+
 def densities(path: Path, counts: np.ndarray, edges: np.ndarray, dead: int) -> str:
     """How many latents fire how often."""
     with _figure(path, columns=1) as (ax,):

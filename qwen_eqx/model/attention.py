@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from qwen_eqx.model.cache import LayerCache
+from qwen_eqx.model.causal import attend_causally
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.layers import Linear, RMSNorm, rounded
 from qwen_eqx.model.rope import Rotation
@@ -114,14 +115,17 @@ class Attention(eqx.Module):
     def init(cls, config: QwenConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> "Attention":
         q, k, v, o = jax.random.split(key, 4)
         wide, narrow = config.heads * config.d_head, config.kv_heads * config.d_head
-        norm = RMSNorm.init(config.d_head, config.norm_eps, dtype) if config.qk_norm else None
+
+        def norm() -> RMSNorm | None:
+            return RMSNorm.init(config.d_head, config.norm_eps, dtype) if config.qk_norm else None
+
         return cls(
             Linear.init(config.d_model, wide, bias=config.qkv_bias, dtype=dtype, key=q),
             Linear.init(config.d_model, narrow, bias=config.qkv_bias, dtype=dtype, key=k),
             Linear.init(config.d_model, narrow, bias=config.qkv_bias, dtype=dtype, key=v),
             Linear.init(wide, config.d_model, bias=False, dtype=dtype, key=o),
-            norm,
-            norm,
+            norm(),
+            norm(),
             config.heads,
             config.kv_heads,
             config.d_head,
@@ -131,14 +135,14 @@ class Attention(eqx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         rotation: Rotation,
-        mask: Bool[Array, "batch seq kv_seq"],
+        mask: Bool[Array, "batch seq kv_seq"] | None,
         past: LayerCache | None = None,
         entry: Int[Array, ""] | int = 0,
         tap: BlockTap = unchanged,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
         """y, and the keys and values attended to: `past` with this chunk at `entry` and after, or the chunk's own.
 
-        `tap` meets q, k and v before norm and RoPE, and z.
+        `tap` meets q, k and v before norm and RoPE, and z. No mask, and no past: whole sequences, read to be trained on.
         """
         (batch, seq, _), dtype = x.shape, x.dtype
         group = self.heads // self.kv_heads
@@ -149,6 +153,8 @@ class Attention(eqx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         chunk = LayerCache(rotation(k).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
         cache = chunk if past is None else past.write(chunk, entry)
-        z = attend(rotation(q), cache.keys, cache.values, mask)
+        q = rotation(q)
+        keys, values = cache.keys, cache.values
+        z = attend_causally(q, keys, values) if mask is None else attend(q, keys, values, mask)
         z = tap("z", rounded(z.reshape(batch, seq, self.heads * self.d_head), dtype))
         return rounded(self.o(z), dtype), cache

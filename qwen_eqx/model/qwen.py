@@ -47,9 +47,9 @@ class Block(eqx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         rotation: Rotation,
-        mask: Bool[Array, "batch seq kv_seq"],
+        mask: Bool[Array, "batch seq kv_seq"] | None,
         past: LayerCache | None,
-        entry: Int[Array, ""],
+        entry: Int[Array, ""] | int,
         tap: Tap,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
         """The new residual stream, and the keys and values attended to: `past` with this chunk at `entry`, or its own."""
@@ -122,6 +122,23 @@ class Qwen(eqx.Module):
             x, layer = block(x, rotation, mask, layer, index % kv_seq, tap)
             layers.append(layer)
         return x, KVCache(tuple(layers), index + seq, length + seq)
+
+    def read(self, tokens: Int[Array, "batch seq"], *, remat: bool = False) -> Float[Array, "batch seq d_model"]:
+        """The residual stream after the last block, of whole documents from position 0: `forward`, to be differentiated.
+
+        Its attention keeps no scores for the gradient. `remat`: of each block only what goes in is kept, the rest is
+        computed again (`jax.checkpoint`).
+        """
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        rotation = Rotation.at(positions, self.config.d_head, self.config.rope_theta)
+
+        def through(block: Block, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+            return block(x, rotation, None, None, 0, untouched)[0]
+
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = eqx.filter_checkpoint(through)(block, x) if remat else through(block, x)
+        return x
 
     def logits(self, x: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
         """head(norm(x)), in float32."""

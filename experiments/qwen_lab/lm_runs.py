@@ -1,0 +1,146 @@
+"""One run that trains a model: from the last checkpoint to a model directory, measured on held-out tasks on the way."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import qwen_eqx
+from qwen_eqx import training
+from qwen_lab import exactness, files, lessons, provenance, stopping
+from qwen_lab.errors import InputError, RunError
+from qwen_lab.lm_settings import LMConfig, check, course, settled, start, train_config
+from sae.training import checkpoint
+
+Advance = Callable[..., None]
+METRICS, MODEL = "metrics.jsonl", "model"
+
+
+class LMRun:
+    """`start`, `proceed`, `finish`."""
+
+    def __init__(self, config: LMConfig):
+        check(config)
+        self.config, self.course = config, course(config)
+        self.model, self.tokenizer = start(config)
+        if (most := self.model.config.max_seq) < config.context_length:
+            raise InputError(f"--context-length: found {config.context_length}, expected at most the model's {most}")
+        self.teacher = lessons.Teacher(self.course, self.tokenizer)
+        self.state = training.init(self.model, train_config(config))
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        held_out = (*self.course.families, *config.held_out_families)
+        self.tasks = exactness.held_out(held_out, config.eval_tasks, config.sides)
+
+    @classmethod
+    def start(cls, config: LMConfig) -> "LMRun":
+        """A new run in `config.out`, or the one that was cut off there; raises if another one stands there."""
+        run = cls(config)
+        files.fresh_directory(config.out)
+        files.expect_files(config.out, "run.json", METRICS, "loss.svg")
+        if checkpoint.steps(run.directory):
+            run.state, cursor, run.step = checkpoint.load(run.directory, run.state)
+            run._check_same(cursor)
+            run.history = cursor["history"]
+        run._write_history()
+        provenance.record_run(config.out, config)
+        return run
+
+    @property
+    def directory(self) -> Path:
+        return self.config.out / "checkpoints"
+
+    def proceed(self, advance: Advance) -> None:
+        """To the last step; a signal ends it earlier, saved."""
+        config = self.config
+        size = (config.accumulate, config.batch_size)
+        made = lessons.batches(self.course, self.step, config.steps, size, config.steps_per_call, config.workers)
+        begin = time.perf_counter()
+        try:
+            for state, metrics in training.fit(self.state, made, train_config(config)):
+                self.state = state
+                taken = len(np.asarray(metrics.learning_rate))
+                self.step += taken
+                now = time.perf_counter()
+                self._remember(metrics, taken, now - begin)
+                begin = now
+                line = self.history[-1]
+                rate = self._measured()
+                advance(
+                    taken, f"loss {line['loss']:.3f} exact {line['exact']:.0%} {line['tokens_per_s']:,.0f} tok/s{rate}"
+                )
+                if self._due(config.eval_every, taken):
+                    self._measure()
+                if self._due(config.checkpoint_every, taken) or stopping.asked():
+                    self._save()
+                if stopping.asked() and self.step < config.steps:
+                    stopping.check()
+                begin = time.perf_counter()
+        except training.NotFinite as error:
+            kept = checkpoint.steps(self.directory)
+            last = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was due yet"
+            raise RunError(f"{error}; {last} in {self.directory}; a lower --lr may help") from error
+        finally:
+            made.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def finish(self) -> dict[str, Any]:
+        """Saves the model as a directory that transformers opens; returns the last measurement."""
+        model = training.merge(self.state.model)
+        model = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model)
+        qwen_eqx.save_pretrained(model, self.tokenizer, self.config.out / MODEL)
+        return next((line for line in reversed(self.history) if "families" in line), {})
+
+    def _due(self, every: int, taken: int) -> bool:
+        return self.step == self.config.steps or self.step // every > (self.step - taken) // every
+
+    def _remember(self, metrics: training.StepMetrics, taken: int, seconds: float) -> None:
+        sums = jax.tree.map(lambda leaf: np.asarray(leaf).sum(), metrics.totals)
+        documents = taken * self.config.accumulate * self.config.batch_size
+        line = {
+            "step": self.step,
+            "loss": float(sums.mean()),
+            "exact": float(sums.exact_rate()),
+            "gradient_norm": float(np.asarray(metrics.gradient_norm).mean()),
+            "learning_rate": float(np.asarray(metrics.learning_rate)[-1]),
+            "tokens_per_s": round(documents * self.config.context_length / seconds, 1),
+        }
+        self._append(line)
+
+    def _measure(self) -> None:
+        found = exactness.rates(exactness.exact(training.merge(self.state.model), self.teacher, self.tasks))
+        seen = [found[family] for family in self.course.families if family in found]
+        unseen = [found[family] for family in self.config.held_out_families if family in found]
+        means = {"seen": float(np.mean(seen)), "unseen": float(np.mean(unseen)) if unseen else None}
+        self._append({"step": self.step, **means, "families": found})
+
+    def _measured(self) -> str:
+        last = next((line for line in reversed(self.history) if "families" in line), None)
+        return "" if last is None else f" held out {last['seen']:.0%}"
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.history.append(line)
+        with (self.config.out / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _write_history(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self.history)
+        files.write_text(self.config.out / METRICS, text)
+
+    def _save(self) -> None:
+        cursor = {"config": settled(self.config), "history": self.history}
+        checkpoint.save(self.directory, self.step, self.state, cursor | {"digest": files.digest(cursor)}, keep=2)
+
+    def _check_same(self, cursor: dict[str, Any]) -> None:
+        said = {name: cursor.get(name) for name in ("config", "history")}
+        if cursor.get("digest") != files.digest(said):
+            where = self.directory / f"{self.step:08d}" / "state.json"
+            raise InputError(f"{where}: cursor: found other values than were saved, expected those; delete it")
+        old, new = cursor["config"], settled(self.config)
+        changed = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]
+        if changed:
+            where = f"--out {self.config.out}: found the checkpoints of another run"
+            raise InputError(f"{where} ({'; '.join(changed)}), expected the same config or a new directory")

@@ -1,0 +1,165 @@
+"""What a run that trains a model is told: its flags, and what they make."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import qwen_eqx
+from qwen_eqx import training
+from qwen_eqx.weights import hub
+from qwen_lab import bounds, files, lessons
+from qwen_lab.bounds import Count, Seed, Weight, Whole
+from qwen_lab.errors import InputError
+
+HELD_OUT_FAMILIES = ("panel_xor", "kaleidoscope", "crop_largest", "swap_colours")
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """What a run that trains a model is told."""
+
+    init: str | None = None
+    """Model to go on from: embedded name, directory or hub id; without it random weights of the shape below."""
+    tokenizer: str = "tiny-arc"
+    """Of a model with random weights: embedded name, directory or hub id."""
+    layers: Count = 6
+    """Blocks."""
+    d_model: Count = 128
+    """Width of the residual stream."""
+    heads: Count = 4
+    """Query heads of each block; a head is d_model / heads wide."""
+    kv_heads: Count = 2
+    """Key and value heads, each shared by heads / kv_heads query heads."""
+    d_ff: Count = 384
+    """Neurons of each block."""
+    lora_rank: Whole = 0
+    """Train LoRA of this rank beside the frozen matrices, merged on saving; 0 trains everything."""
+    families: tuple[str, ...] = ()
+    """Families of procedural tasks; without it all but the held-out ones."""
+    held_out_families: tuple[str, ...] = HELD_OUT_FAMILIES
+    """Never trained on."""
+    sides: tuple[int, int] = (3, 6)
+    """Smallest and largest side of the grids."""
+    encoder: str = "padded(6)"
+    """Grid encoder."""
+    prompt: str = "compact"
+    """Text around the grids."""
+    turned: float = 0.5
+    """Share of the tasks that are turned or mirrored."""
+    learn: Literal["answer", "outputs", "all"] = "outputs"
+    """Tokens that weigh in the loss: the test's output, all outputs, or everything."""
+    context_length: Count = 360
+    """Tokens of a document at most."""
+    steps: Count = 4000
+    """Optimizer steps."""
+    batch_size: Count = 32
+    """Documents of one gradient."""
+    accumulate: Count = 1
+    """Gradients summed for one step."""
+    lr: float = 2e-3
+    """Learning rate; it warms up, and falls to a tenth along a cosine."""
+    warmup: Whole = 100
+    """Steps of the warm-up."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon moves the blocks' matrices, AdamW the rest."""
+    weight_decay: Weight = 0.01
+    """Of matrices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; weights are float32."""
+    remat: bool = False
+    """Compute the inside of blocks again for the gradient: less memory, a third more time."""
+    steps_per_call: Count = 10
+    """Steps per compiled call."""
+    checkpoint_every: Count = 200
+    """Steps between checkpoints; the last two are kept."""
+    eval_every: Count = 200
+    """Steps between measurements on held-out tasks."""
+    eval_tasks: Count = 8
+    """Held-out tasks of each family that are measured while training."""
+    workers: Whole = 1
+    """Processes that make tasks beside; 0 makes them in this one."""
+    seed: Seed = 0
+    """Of the first weights and the order of the tasks."""
+    out: Path = Path("runs/train_lm")
+    """Run directory; a run that was cut off goes on where its last checkpoint stands."""
+
+
+FREE = ("out", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers")  # change no result
+
+
+def check(config: LMConfig) -> None:
+    """Raises for values that no run can have."""
+    bounds.check(config)
+    least, most = config.sides
+    if not 1 <= least <= most <= 30:
+        raise InputError(f"--sides: found {least} {most}, expected two numbers from 1 to 30, the smaller one first")
+    if not 0 <= config.turned <= 1:
+        raise InputError(f"--turned: found {config.turned}, expected 0 to 1")
+    train_config(config)
+
+
+def settled(config: LMConfig) -> dict[str, Any]:
+    """What a run may not change while it goes on."""
+    return {name: value for name, value in files.jsonable(config).items() if name not in FREE}
+
+
+def train_config(config: LMConfig) -> training.TrainConfig:
+    return training.TrainConfig(
+        steps=config.steps,
+        learning_rate=config.lr,
+        warmup_steps=min(config.warmup, config.steps),
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+
+
+def course(config: LMConfig) -> lessons.Course:
+    return lessons.Course(
+        tokenizer=config.init or config.tokenizer,
+        families=lessons.families(config.families, config.held_out_families),
+        sides=config.sides,
+        encoder=config.encoder,
+        format=config.prompt,
+        context=config.context_length,
+        seed=config.seed,
+        turned=config.turned,
+        learn=config.learn,
+    )
+
+
+def start(config: LMConfig) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]:
+    """The model before its first step, in float32, and its tokenizer."""
+    if config.init is not None:
+        model, tokenizer = qwen_eqx.from_pretrained(config.init, dtype=jnp.float32)
+    else:
+        tokenizer = qwen_eqx.Tokenizer.from_directory(hub.locate(config.tokenizer))
+        model = qwen_eqx.Qwen.init(shape(config, tokenizer), key=jax.random.key(config.seed), dtype=jnp.float32)
+    if config.lora_rank:
+        model = training.LoRA.wrap(model, rank=config.lora_rank, key=jax.random.key(config.seed))
+    return model, tokenizer
+
+
+def shape(config: LMConfig, tokenizer: qwen_eqx.Tokenizer) -> qwen_eqx.QwenConfig:
+    """A Qwen3 of the width, depth and heads asked for."""
+    if config.d_model % config.heads or (config.d_model // config.heads) % 2:
+        raise InputError(
+            f"--heads: found {config.heads}, expected a divisor of d_model={config.d_model} with even heads"
+        )
+    return qwen_eqx.QwenConfig(
+        model_type="qwen3",
+        vocab=tokenizer.largest_id + 1,
+        d_model=config.d_model,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        d_head=config.d_model // config.heads,
+        d_ff=config.d_ff,
+        max_seq=32768,
+        rope_theta=10_000.0,
+        tied=True,
+    )

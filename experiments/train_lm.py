@@ -1,0 +1,51 @@
+"""Train a small Qwen to solve procedural ARC tasks in context, or fine-tune one that is there.
+
+Without flags: 26 families of tasks on grids of 3 to 6 a side, hours on a laptop; `--steps 300` shows the beginning.
+`--init DIR --lora-rank 8` fine-tunes a model. Four families are never trained on and measured apart.
+"""
+
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
+from qwen_lab import cli, figures, locks
+from qwen_lab.lm_runs import MODEL, LMRun
+from qwen_lab.lm_settings import LMConfig
+
+
+def main(config: LMConfig) -> None:
+    with locks.claimed(config.out):
+        train(config)
+
+
+def train(config: LMConfig) -> None:
+    """From the last checkpoint to a model directory."""
+    run = LMRun.start(config)
+    parameters = run.model.config.parameters
+    cli.console.print(
+        f"{parameters:,} parameters, {len(run.course.families)} families, "
+        f"{config.accumulate * config.batch_size} tasks a step"
+    )
+    if run.step:
+        cli.console.print(f"going on from step {run.step} of {config.steps}")
+    with cli.bar(config.steps, "training", "steps") as advance:
+        advance(run.step)
+        run.proceed(advance)
+    last = run.finish()
+    for family, rate in sorted(last["families"].items(), key=lambda item: -item[1]):
+        apart = "  (never trained on)" if family in config.held_out_families else ""
+        cli.console.print(f"{rate:5.0%}  {family}{apart}", markup=False)
+    cli.console.print(f"{last['seen']:5.1%}  mean of the trained families, on held-out tasks, greedy")
+    picture = figures.learning_curves(config.out / "loss.svg", run.history)
+    cli.console.print(f"learning curve: {picture}", markup=False)
+    cli.console.print(f"saved: {config.out / MODEL}", markup=False)
+    cli.console.print(
+        f"next: python experiments/solve_arc.py --model {config.out / MODEL} "
+        f"--encoder '{config.encoder}' --prompt {config.prompt}",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, LMConfig)

@@ -1,0 +1,200 @@
+"""train_lm.py: tasks in an order that seed and step alone fix, runs stopped and resumed, models that others open."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import arc
+import qwen_eqx
+import train_lm
+from qwen_lab import exactness, lessons, lm_runs, stopping
+from qwen_lab.errors import InputError, RunError
+from qwen_lab.lm_settings import LMConfig, course
+from running import run
+from sae.training import checkpoint
+
+SMALL = LMConfig(
+    layers=1, d_model=16, heads=2, kv_heads=1, d_ff=16, steps=8, batch_size=3, steps_per_call=2, sides=(3, 4),
+    context_length=260, families=("mirror", "gravity", "scale"), held_out_families=("frame",), encoder="padded(4)",
+    eval_every=4, eval_tasks=2, checkpoint_every=4, workers=0, warmup=2,
+)  # fmt: skip
+
+
+def small(out: Path, **fields: Any) -> LMConfig:
+    return dataclasses.replace(SMALL, out=out, **fields)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A short run."""
+    out = tmp_path_factory.mktemp("lm")
+    said = run(train_lm, small(out))
+    assert "3 families" in said
+    assert "frame  (never trained on)" in said
+    return out
+
+
+def weights(out: Path) -> bytes:
+    return (out / lm_runs.MODEL / "model.safetensors").read_bytes()
+
+
+def test_a_model_directory_comes_out_with_its_history(trained: Path):
+    model, tokenizer = qwen_eqx.from_pretrained(trained / lm_runs.MODEL, dtype=jnp.float32)
+    assert (model.config.layers, model.config.d_model) == (1, 16)
+    assert tokenizer.encode("0_\n") == qwen_eqx.from_pretrained("tiny-arc")[1].encode("0_\n")
+    lines = [json.loads(line) for line in (trained / lm_runs.METRICS).read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    measured = [line for line in lines if "families" in line]
+    assert [line["step"] for line in measured] == [4, 8]
+    assert set(measured[0]["families"]) == {"mirror", "gravity", "scale", "frame"}
+    assert (trained / "loss.svg").read_text().startswith("<?xml")
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(trained: Path, tmp_path: Path):
+    run(train_lm, small(tmp_path / "again", steps_per_call=3, workers=1))
+    assert weights(tmp_path / "again") == weights(trained)
+    run(train_lm, small(tmp_path / "other", seed=1))
+    assert weights(tmp_path / "other") != weights(trained)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_runs.LMRun, "_due", lambda _, every, taken: every == 5 and os.kill(os.getpid(), number))
+        with pytest.raises((stopping.Stopped, KeyboardInterrupt)):
+            run(train_lm, small(tmp_path, eval_every=5))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    assert "going on from step 2 of 8" in run(train_lm, small(tmp_path))
+    assert weights(tmp_path) == weights(trained)
+    whole = [json.loads(line)["step"] for line in (tmp_path / lm_runs.METRICS).read_text().splitlines()]
+    assert whole == sorted(whole)
+
+
+def test_a_changed_flag_is_refused_with_the_difference(trained: Path):
+    before = weights(trained)
+    with pytest.raises(InputError, match=r"lr was 0.002 and is 0.001\), expected the same config or a new directory"):
+        run(train_lm, small(trained, lr=1e-3))
+    assert weights(trained) == before
+
+
+def test_a_damaged_history_is_refused(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "copy")
+    note = tmp_path / "copy" / "checkpoints" / "00000008" / "state.json"
+    note.write_text(note.read_text().replace('"seed": 0', '"seed": 3'))
+    with pytest.raises(InputError, match="cursor: found other values than were saved"):
+        run(train_lm, small(tmp_path / "copy"))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch):
+    call = lessons.Teacher.call
+
+    def spoiled(self, first: int, shape: tuple[int, int, int]):
+        given = call(self, first, shape)
+        if first >= 4 * 3:
+            given.weights[:] = np.inf
+        return given
+
+    monkeypatch.setattr(lessons.Teacher, "call", spoiled)
+    with pytest.raises(RunError, match=r"step 4: the loss or its gradient is not finite.*checkpoint of step 4 is kept"):
+        run(train_lm, small(tmp_path))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+
+
+def test_fine_tuning_by_lora_goes_on_from_a_model_and_is_merged(trained: Path, tmp_path: Path):
+    first = str(trained / lm_runs.MODEL)
+    run(train_lm, small(tmp_path, init=first, lora_rank=2, steps=2))
+    before, after = (qwen_eqx.from_pretrained(path)[0] for path in (first, tmp_path / lm_runs.MODEL))
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert (before.blocks[0].attn_norm.weight == after.blocks[0].attn_norm.weight).all()
+    assert (before.blocks[0].attn.q.weight != after.blocks[0].attn.q.weight).any()
+
+
+# ---------------------------------------------------------------- lessons
+
+TEACHER = lessons.Teacher(course(SMALL))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    def made(step: int, at_once: int, workers: int) -> list[bytes]:
+        calls = lessons.batches(course(SMALL), step, 6, (2, 3), at_once, workers)
+        return [np.asarray(rows).tobytes() for call in calls for rows in call.tokens]
+
+    whole = made(0, 2, 0)
+    assert len(whole) == 6
+    assert len(set(whole)) == 6
+    assert made(0, 4, 1) == whole
+    assert made(3, 1, 0) == whole[3:]
+
+
+@pytest.mark.parametrize("encoder", ["padded(4)", "shape(rows(minimal))"])
+@pytest.mark.parametrize("learn", ["answer", "outputs", "all"])
+def test_a_lesson_is_the_prompt_and_its_right_answer(encoder: str, learn: str):
+    teacher = lessons.Teacher(dataclasses.replace(course(SMALL), encoder=encoder, learn=learn), TEACHER.tokenizer)
+    task = arc.generators.make_task("gravity", 0, sides=(3, 4))
+    lesson = teacher.write(task)
+    prompt = teacher.asking.prompt(task, 0)
+    text = teacher.tokenizer.decode(lesson.tokens[:-1])
+    assert text.startswith(prompt.text)
+    grid = arc.parse.parse(text[len(prompt.text) :], encoder, prompt.begun).grid
+    np.testing.assert_array_equal(grid, task.test[0].output)
+    assert lesson.tokens[-1] == teacher.tokenizer.eos_id
+    answer = teacher.tokenizer.decode(
+        [t for t, is_answer in zip(lesson.tokens, lesson.answer, strict=True) if is_answer][:-1]
+    )
+    assert answer == arc.ENCODERS.get(encoder, arc.encode.as_encoder(encoder)).encode(task.test[0].output)
+    weighed = teacher.tokenizer.decode([t for t, w in zip(lesson.tokens, lesson.weights, strict=True) if w])
+    outputs = [arc.encode.as_encoder(encoder).encode(pair.output) for pair in task.train]
+    assert [each in weighed for each in outputs] == [learn != "answer"] * 3
+    assert (arc.encode.as_encoder(encoder).encode(task.train[0].input) in weighed) == (learn == "all")
+
+
+def test_the_tasks_trained_on_are_none_of_those_measured():
+    held_out = {str(task.train) for task in exactness.held_out(SMALL.families, 8, SMALL.sides)}
+    assert len(held_out) == 24
+    trained_on = {str(TEACHER.task(number).train) for number in range(200)}
+    assert not held_out & trained_on
+
+
+def test_the_measure_is_what_greedy_generation_answers(trained: Path):
+    """A model taught one task by heart: exact on it, and generation writes it."""
+    model, _ = qwen_eqx.from_pretrained(trained / lm_runs.MODEL, dtype=jnp.float32)
+    tasks = exactness.held_out(("gravity", "mirror"), 3, (3, 4))
+    found = exactness.exact(model, TEACHER, tasks)
+    for family, each in found.items():
+        mine = [task for task in tasks if exactness.family_of(task) == family]
+        for task, right in zip(mine, each, strict=True):
+            lesson = TEACHER.write(task)
+            cut = int(lesson.answer.argmax())
+            out = qwen_eqx.generate(model, [lesson.tokens[:cut]], max_new_tokens=int(lesson.answer.sum()))
+            assert (out.tokens[0].tolist() == lesson.tokens[cut:]) == right
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sides": (6, 3)}, "--sides: found 6 3, expected two numbers from 1 to 30"),
+        ({"families": ("nothing",)}, "--families: found 'nothing', expected one of mirror"),
+        ({"families": ("frame",)}, "found every family, expected some left to train on"),
+        ({"turned": 1.5}, "--turned: found 1.5, expected 0 to 1"),
+        ({"heads": 3}, "--heads: found 3, expected a divisor of d_model=16"),
+        ({"context_length": 20}, "--context-length: found 20, expected room for a task"),
+        ({"context_length": 40_000}, "--context-length: found 40000, expected at most the model's 32768"),
+        ({"encoder": "nothing"}, "encoder 'nothing'"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_written(tmp_path: Path, fields: dict, said: str):
+    with pytest.raises((InputError, arc.InputError)) as raised:
+        run(train_lm, small(tmp_path / "out", **fields))
+    assert said in str(raised.value)
+    assert not (tmp_path / "out" / "run.json").exists() or "context_length" in fields
