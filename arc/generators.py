@@ -1,5 +1,6 @@
 """Procedural tasks by family and seed: for tests, benchmarks, and for training small models."""
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 
@@ -9,6 +10,10 @@ from arc.families_whole import WHOLE
 from arc.family import Family
 from arc.task import Task
 
+HELD_OUT_SEEDS = 1_000_000  # tasks of lower seeds are for measuring: whoever trains takes higher ones
+PROCEDURAL = "procedural"  # the name of these as a source of tasks
+SIDES = (3, 6)
+EACH = 40
 FAMILIES: dict[str, Family] = {family.name: family for family in (*WHOLE, *OBJECTS)}
 
 
@@ -35,3 +40,24 @@ def stream(
     for number in count(seed):
         for family in families:
             yield make_task(family, number, sides=sides, train=train, test=test)
+
+
+def held_out(
+    sides: tuple[int, int] = SIDES, families: Sequence[str] = tuple(FAMILIES), each: int = EACH
+) -> Iterator[Task]:
+    """The first `each` tasks of every family for measuring, the families in turn; fewer where none fits the sides."""
+    for seed in range(each):
+        for family in families:
+            try:
+                yield make_task(family, seed, sides=sides)
+            except InputError as error:
+                if "found no task" not in str(error):
+                    raise
+
+
+def sides_of(source: str) -> tuple[int, int] | None:
+    """The sides that `procedural` or `procedural/3-6` names; None of any other source."""
+    if source == PROCEDURAL:
+        return SIDES
+    match = re.fullmatch(PROCEDURAL + r"/(\d{1,2})-(\d{1,2})", source, re.ASCII)
+    return None if match is None else (int(match[1]), int(match[2]))

@@ -26,8 +26,9 @@ ORDER = {
     },
     "arc": {
         "": [
-            "errors", "files", "grid", "task", "records", "data", "encode", "spans", "augment", "prompt", "parse", "ask",
-            "vote", "submission", "score", "family", "cells", "families_whole", "families_objects", "generators", "canvas",
+            "errors", "files", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
+            "vote", "submission", "score", "family", "cells", "families_whole", "families_objects", "generators", "data",
+            "canvas",
             "render",
         ],
     },
@@ -50,6 +51,7 @@ ORDER = {
             "errors", "bounds", "stopping", "files", "locks", "provenance", "cli", "prompts", "completions", "corpus",
             "places", "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings", "sweeps",
             "runs", "jobs", "answering", "predictions", "solve_report", "lessons", "exactness", "lm_settings", "lm_runs",
+            "exams",
         ],
     },
 }  # fmt: skip

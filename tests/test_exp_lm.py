@@ -160,7 +160,7 @@ def test_a_lesson_is_the_prompt_and_its_right_answer(encoder: str, learn: str):
 
 
 def test_the_tasks_trained_on_are_none_of_those_measured():
-    held_out = {str(task.train) for task in exactness.held_out(SMALL.families, 8, SMALL.sides)}
+    held_out = {str(task.train) for task in arc.generators.held_out(SMALL.sides, SMALL.families, 8)}
     assert len(held_out) == 24
     trained_on = {str(TEACHER.task(number).train) for number in range(200)}
     assert not held_out & trained_on
@@ -169,7 +169,7 @@ def test_the_tasks_trained_on_are_none_of_those_measured():
 def test_the_measure_is_what_greedy_generation_answers(trained: Path):
     """A model taught one task by heart: exact on it, and generation writes it."""
     model, _ = qwen_eqx.from_pretrained(trained / lm_runs.MODEL, dtype=jnp.float32)
-    tasks = exactness.held_out(("gravity", "mirror"), 3, (3, 4))
+    tasks = list(arc.generators.held_out((3, 4), ("gravity", "mirror"), 3))
     found = exactness.exact(model, TEACHER, tasks)
     for family, each in found.items():
         mine = [task for task in tasks if exactness.family_of(task) == family]

@@ -15,21 +15,6 @@ from qwen_lab import lessons
 ROWS = 32
 
 
-def held_out(families: Sequence[str], tasks: int, sides: tuple[int, int]) -> list[arc.Task]:
-    """The first `tasks` held-out tasks of each family."""
-    made = []
-    for family in families:
-        found, seed = 0, 0
-        while found < tasks and seed < 4 * tasks:
-            try:
-                made.append(arc.generators.make_task(family, seed, sides=sides))
-                found += 1
-            except arc.InputError:  # none within these sides
-                pass
-            seed += 1
-    return made
-
-
 def family_of(task: arc.Task) -> str:
     return task.id.rpartition("-")[0]
 

@@ -83,6 +83,19 @@ def learning_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> str:
     return _said(path)
 
 
+def exact_by_family(path: Path, results: Mapping[str, Mapping[str, float]], order: Sequence[str]) -> str:
+    """The share of exact answers of each family, one mark for each way of answering."""
+    with _figure(path, columns=1) as (ax,):
+        rows = np.arange(len(order))[::-1]
+        for number, (how, rates) in enumerate(results.items()):
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+            ax.scatter([rates[name] for name in order], rows, s=10, label=how, **style)
+        ax.set(yticks=rows, xlabel="exact answers", xlim=(-0.02, 1.02))
+        ax.set_yticklabels(order, fontsize=4)
+        ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return _said(path)
+
+
 def densities(path: Path, counts: np.ndarray, edges: np.ndarray, dead: int) -> str:
     """How many latents fire how often."""
     with _figure(path, columns=1) as (ax,):

@@ -14,13 +14,12 @@ from jaxtyping import Bool, Float32, Int32
 import arc
 import qwen_eqx
 from arc.encode import as_encoder
-from arc.generators import FAMILIES
+from arc.generators import FAMILIES, HELD_OUT_SEEDS
 from qwen_eqx.training import Batch
 from qwen_eqx.weights import hub
 from qwen_lab import prompts
 from qwen_lab.errors import InputError, RunError
 
-HELD_OUT_SEEDS = 1_000_000  # a family's tasks below are never trained on
 AHEAD = 4  # calls that are made while the device trains
 TRIES = 100
 

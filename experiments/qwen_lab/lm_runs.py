@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import arc
 import qwen_eqx
 from qwen_eqx import training
 from qwen_lab import exactness, files, lessons, provenance, stopping
@@ -34,7 +35,7 @@ class LMRun:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         held_out = (*self.course.families, *config.held_out_families)
-        self.tasks = exactness.held_out(held_out, config.eval_tasks, config.sides)
+        self.tasks = list(arc.generators.held_out(config.sides, held_out, config.eval_tasks))
 
     @classmethod
     def start(cls, config: LMConfig) -> "LMRun":

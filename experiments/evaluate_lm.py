@@ -1,0 +1,139 @@
+"""Measure how many puzzles a model solves: each family of procedural tasks on seeds nobody trained on, and ARC sets.
+
+Greedy, and by votes over augmentations; beside it a model with random weights, copying the input, and the best constant.
+"""
+
+if __name__ == "__main__":
+    import qwen_lab.stopping
+
+    qwen_lab.stopping.install()  # before anything heavy is imported
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+import arc
+import qwen_eqx
+from arc.generators import FAMILIES
+from qwen_lab import bounds, cli, exams, figures, files, locks, provenance
+from qwen_lab.bounds import Count, Whole
+from qwen_lab.errors import InputError
+from qwen_lab.lm_settings import HELD_OUT_FAMILIES
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: str = "tiny-arc"
+    """Embedded name, directory in Hugging Face's layout, or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    encoder: str = "padded(6)"
+    """Grid encoder."""
+    prompt: str = "compact"
+    """Text around the grids."""
+    sides: tuple[int, int] = (3, 6)
+    """Smallest and largest side of the procedural grids."""
+    tasks_per_family: Whole = 20
+    """Held-out tasks of each family; 0 for none."""
+    held_out_families: tuple[str, ...] = HELD_OUT_FAMILIES
+    """Families the model was never trained on: measured apart."""
+    tasks: tuple[str, ...] = ()
+    """Other sources of tasks, such as arc-agi-1/evaluation."""
+    limit: Count = 400
+    """Tasks of each of these, from the first."""
+    votes: Count = 8
+    """Augmented prompts that vote; 1 asks greedily alone."""
+    max_new_tokens: Count = 120
+    """Tokens of an answer at most."""
+    slots: Count = 32
+    """Prompts that are answered at once."""
+    random: bool = True
+    """Measure a model of the same shape with random weights too."""
+    out: Path = Path("runs/evaluate_lm")
+    """Directory of metrics.json and families.svg."""
+
+
+def main(config: Config) -> None:
+    bounds.check(config)
+    for name in config.held_out_families:
+        if name not in FAMILIES:
+            raise InputError(f"--held-out-families: found {name!r}, expected some of {', '.join(FAMILIES)}")
+    asked = questions(config)
+    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.float32)
+    with locks.claimed(config.out):
+        files.expect_files(config.out, "metrics.json", "families.svg")
+        provenance.record_run(config.out, config)
+        measure(config, model, tokenizer, asked)
+
+
+def questions(config: Config) -> list[tuple[str, arc.Task]]:
+    """(family or source, task)."""
+    made = arc.generators.held_out(config.sides, tuple(FAMILIES), config.tasks_per_family)
+    asked = [(task.id.rpartition("-")[0], task) for task in made]
+    for source in config.tasks:
+        known = [task for task in arc.load_tasks(source) if all(pair.output is not None for pair in task.test)]
+        asked += [(source, task) for task in known[: config.limit]]
+    if not asked:
+        raise InputError("--tasks: found no task with a known answer, expected some, or --tasks-per-family above 0")
+    return asked
+
+
+def measure(
+    config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, asked: list[tuple[str, arc.Task]]
+) -> None:
+    """Asks, marks, and writes what came out."""
+    asking = exams.asking_of(model, tokenizer, config.encoder, config.prompt, config.max_new_tokens)
+    how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "slots": config.slots}
+    with cli.bar(len(asked), "answering", "tasks") as advance:
+        marks = list(exams.examine(model, tokenizer, asked, asking, votes=config.votes, advance=advance, **how))
+    results = {"greedy": exams.rates(marks, "greedy")}
+    if config.votes > 1:
+        results[f"{config.votes} votes"] = exams.rates(marks, "voted")
+    if config.random:
+        blank = qwen_eqx.Qwen.init(model.config, key=jax.random.key(0), dtype=jnp.float32)
+        with cli.bar(len(asked), "random weights", "tasks") as advance:
+            drawn = list(exams.examine(blank, tokenizer, asked, asking, votes=1, advance=advance, **how))
+        results["random weights"] = exams.rates(drawn, "greedy")
+    results |= exams.without_a_model(asked)
+    cut = sum(not mark.fits for mark in marks)
+    write(config, results, len(asked), cut)
+
+
+def write(config: Config, results: dict[str, dict[str, float]], count: int, cut: int) -> None:
+    """metrics.json, a picture, and a table with means of the families trained on and of those apart."""
+    procedural = [name for name in next(iter(results.values())) if name in FAMILIES]
+    groups = {
+        "mean of the trained families": [name for name in procedural if name not in config.held_out_families],
+        "mean of the families never trained on": [name for name in procedural if name in config.held_out_families],
+    }
+    means = {
+        label: {how: float(np.mean([rates[name] for name in names])) for how, rates in results.items()}
+        for label, names in groups.items()
+        if names
+    }
+    files.write_json(
+        config.out / "metrics.json", {"tasks": count, "too_long": cut, "means": means, "families": results}
+    )
+    first = next(iter(results.values()))
+    order = sorted(procedural, key=lambda name: -first[name]) + [name for name in first if name not in FAMILIES]
+    table = Table("exact answers", *results, box=figures.SIMPLE_HEAD)
+    for name in order:
+        apart = " (never trained on)" if name in config.held_out_families else ""
+        table.add_row(name + apart, *(f"{rates[name]:.0%}" for rates in results.values()))
+    for label, values in means.items():
+        table.add_row(label, *(f"{value:.1%}" for value in values.values()), style="bold")
+    cli.console.print(table, soft_wrap=False)
+    if cut:
+        cli.console.print(f"{cut} test inputs do not fit the model and count as wrong")
+    picture = figures.exact_by_family(config.out / "families.svg", results, order)
+    cli.console.print(f"by family: {picture}", markup=False)
+    cli.console.print(f"saved: {config.out / 'metrics.json'}", markup=False)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
