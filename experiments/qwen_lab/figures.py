@@ -88,8 +88,8 @@ def exact_by_family(path: Path, results: Mapping[str, Mapping[str, float]], orde
     with _figure(path, columns=1) as (ax,):
         rows = np.arange(len(order))[::-1]
         for number, (how, rates) in enumerate(results.items()):
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
-            ax.scatter([rates[name] for name in order], rows, s=10, label=how, **style)
+            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            ax.plot([rates[name] for name in order], rows, mark, color=colour, markersize=3, label=how)
         ax.set(yticks=rows, xlabel="exact answers", xlim=(-0.02, 1.02))
         ax.set_yticklabels(order, fontsize=4)
         ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
