@@ -23,6 +23,7 @@ import qwen_eqx
 import sae
 from qwen_lab import bounds, cli, completions, files, locks, places, prompts, provenance, rows, stopping
 from qwen_lab.bounds import Count, Seed
+from qwen_lab.errors import InputError
 from qwen_lab.prompts import Item
 
 
@@ -57,7 +58,7 @@ class Config:
     seed: Seed = 0
     """Of the run; greedy decoding draws nothing."""
     out: Path = Path("runs/extract")
-    """Store directory; a run that was cut off goes on where it stopped."""
+    """Store directory; a run that was cut off, or is given a higher --limit, goes on where it stopped."""
 
 
 def main(config: Config) -> None:
@@ -79,8 +80,11 @@ def fill(
     items: list[Item],
 ) -> None:
     """Every shard that is missing, and what the store holds then."""
-    writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
+    check_same_items(config.out, items)
+    writer = rows.writer(config.out, manifest(config, model, tokenizer, capture, len(items)))
     provenance.record_run(config.out, config)
+    if len(writer.missing) < writer.plan.shards:
+        cli.console.print(f"going on: {len(writer.missing)} of {writer.plan.shards} shards are missing")
     cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
     read, generated, seconds, speed = 0, 0, 0.0, ""
     todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
@@ -102,6 +106,17 @@ def fill(
                 advance(len(batch), f"{speed} ")
             writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), said)
     report(config, speed)
+
+
+def check_same_items(out: Path, items: list[Item]) -> None:
+    """Raises if the store there holds other items than the first of these: the tasks were changed meanwhile."""
+    if not (out / "manifest.json").exists():
+        return
+    for number, said in sae.ActivationStore.open(out).items.items():
+        if number < len(items) and (said.get("task"), said.get("test")) != (items[number].task.id, items[number].test):
+            found = f"task {items[number].task.id}, test {items[number].test} as item {number}"
+            expected = f"task {said.get('task')}, test {said.get('test')} as in the store {out}"
+            raise InputError(f"--tasks: found {found}, expected {expected}")
 
 
 def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> list[Item]:

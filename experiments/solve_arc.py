@@ -102,7 +102,7 @@ class Config:
     report_tasks: Whole = 50
     """Tasks that the report shows in pictures."""
     out: Path = Path("runs/solve")
-    """Where everything goes; a run that was cut off goes on where it stopped."""
+    """Where everything goes; a run that was cut off, or is given a higher --limit, goes on where it stopped."""
 
 
 def main(config: Config) -> None:
@@ -153,7 +153,7 @@ class Run:
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
         files.expect_files(config.out, "run.json", "resume.json", "submission.json", "scores.json", "report.html")
-        predictions.same_run(config.out, settled(config) | self.facts())
+        predictions.same_run(config.out, settled(config) | self.facts(), self.tasks_digest)
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task
         self.file = predictions.File(config.out / "predictions.jsonl", tasks)
@@ -165,19 +165,21 @@ class Run:
         self.tokens, self.seconds = 0, 0.0
 
     def facts(self) -> dict[str, Any]:
-        """What results depend on beside the flags."""
+        """What results depend on beside the flags and the tasks."""
         return {
-            "tasks_digest": files.digest([[task.id, task.to_dict()] for task in self.tasks]),
             "model_config": files.digest(dataclasses.asdict(self.model.config)),
             "tokenizer": self.tokenizer.digest,
         }
+
+    def tasks_digest(self, limit: int | None) -> str:
+        return files.digest([[task.id, task.to_dict()] for task in self.tasks[:limit]])
 
     def store(self, capture: qwen_eqx.Capture) -> sae.StoreWriter:
         config = self.config
         plan = sae.Plan(self.firsts[-1], config.items_per_shard)
         origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settled(config))
         manifest = rows.manifest(self.model, self.tokenizer, capture, plan, origin)
-        return sae.StoreWriter.create(config.out / "activations", manifest)
+        return rows.writer(config.out / "activations", manifest)
 
     def generate(self) -> None:
         """Every task that is not done, `tasks_together` at a time, a line of the file per completion."""

@@ -28,7 +28,7 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import corpus, errors, places, runs, sources, splicing, stopping
+from qwen_lab import corpus, errors, jobs, places, runs, sources, splicing, stopping
 from running import ROOT, run, run_experiment, short_tasks, small
 from sae.evaluation import metrics
 
@@ -64,6 +64,55 @@ def test_the_same_command_again_changes_nothing_and_another_config_is_refused(tr
     assert (trained / WEIGHTS).read_bytes() == before
     with pytest.raises(errors.InputError, match=r"lr was 0\.002 and is 0\.5"):
         run(train_sae, small(trained, lr=0.5))
+
+
+def test_a_run_is_extended_by_more_steps_and_never_cut(trained: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    taken = []
+    real = runs.training.fit
+
+    def watched(state, batches, config, **options):
+        for each in real(state, batches, config, **options):
+            taken.append((int(each[0].step), config.steps, config.decay_steps))
+            yield each
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.training, "fit", watched)
+        assert "going on from step 8 of 20" in run(train_sae, small(out, steps=20))
+    assert taken == [(step, 20, 4) for step in range(10, 21, 2)]  # the schedule of the new length
+    assert runs.checkpoint.steps(out / "checkpoints") == [16, 20]
+    history = runs.Run.start(small(out, steps=20), *_job(small(out, steps=20))).history
+    assert [entry["step"] for entry in history] == list(range(2, 21, 2))
+    assert (out / WEIGHTS).read_bytes() != (trained / WEIGHTS).read_bytes()
+    again = tmp_path / "again"  # as far, but stopped in between
+    shutil.copytree(trained, again)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stopping.Stopped):
+            run(train_sae, small(again, steps=20))
+    run(train_sae, small(again, steps=20))
+    assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    with pytest.raises(errors.InputError, match="--steps: found 10, expected at least 20, as the run in"):
+        run(train_sae, small(again, steps=10))
+
+
+def test_a_run_is_extended_by_more_tasks_and_never_cut(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "out")
+    run(train_sae, small(tmp_path / "out", steps=12, limit=7))
+    held_out = [
+        sae.load_with_metadata(place / "sae").metadata["held_out_tasks"] for place in (trained, tmp_path / "out")
+    ]
+    assert held_out[1][0] == held_out[0][1]  # the last ones of more tasks
+    with pytest.raises(errors.InputError, match="--limit: found 6, expected at least 7"):
+        run(train_sae, small(tmp_path / "out", steps=12))
+    with pytest.raises(errors.InputError, match=r"lr was 0\.002 and is 0\.5"):
+        run(train_sae, small(tmp_path / "out", steps=12, limit=7, lr=0.5))
+
+
+def _job(config: runs.RunConfig) -> tuple[list[Any], Any]:
+    job = jobs.open_job(config)
+    return job.members, job.source
 
 
 def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch):

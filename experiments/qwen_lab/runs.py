@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 import sae
 from qwen_eqx.model.room import free_device_bytes
-from qwen_lab import evaluation, files, provenance, sources, stopping
+from qwen_lab import evaluation, extending, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
-from qwen_lab.settings import RunConfig, form_of, settled
+from qwen_lab.settings import RAISABLE, RunConfig, form_of, settled
 from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
@@ -250,8 +250,11 @@ class Run:
 
     def _check_same(self, old: dict[str, Any]) -> None:
         new = settled(self.config)
+        more = {name for name in RAISABLE if extending.raised(self.config.out, name, old.get(name), new[name])}
         differences = [
-            f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]
+            f"{name} was {old.get(name)!r} and is {new[name]!r}"
+            for name in new
+            if name not in more and old.get(name) != new[name]
         ]
         if differences:
             where = f"--out {self.config.out}: found the checkpoints of another run"

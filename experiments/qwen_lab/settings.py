@@ -36,7 +36,7 @@ class RunConfig:
     tasks: str = "arc-agi-1/training"
     """Data set name, directory of {id}.json, Kaggle challenges file, or JSONL (live)."""
     limit: Count = 120
-    """Tasks to take, from the first, held-out ones included (live)."""
+    """Tasks to take, from the first, held-out ones included (live); may be raised when a run goes on."""
     held_out: Count = 20
     """Of these the last so many are never trained on; the metrics at the end are theirs."""
     layer: Whole | None = None
@@ -60,7 +60,7 @@ class RunConfig:
     bias_rate: float | None = None
     """How fast biases and thresholds move, over --lr; without it what suits the form."""
     steps: Count = 600
-    """Optimizer steps."""
+    """Optimizer steps. May be raised when a run goes on: from its last step it follows the schedule of the new length."""
     batch_size: Count = 512
     """Positions per step."""
     lr: float = 2e-3
@@ -80,7 +80,7 @@ class RunConfig:
     seed: Seed = 0
     """Of the first weights and the shuffling."""
     out: Path = Path("runs/train_sae")
-    """Run directory; a run that was cut off goes on where its last checkpoint stands."""
+    """Run directory; a run that was cut off, or is given higher --steps, goes on where its last checkpoint stands."""
 
 
 def check(config: RunConfig) -> None:
@@ -102,6 +102,9 @@ def form_of(config: RunConfig) -> type[sae.AbstractDictionary]:
     return sae.FORMS[config.form]
 
 
+RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
+
+
 def settled(config: RunConfig) -> dict[str, Any]:
-    """What a run may not change while it goes on."""
+    """What a run may not change while it goes on, but for raising what is RAISABLE."""
     return {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
