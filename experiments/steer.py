@@ -102,10 +102,10 @@ def make_items(
     config: Config, metadata: Mapping[str, Any], model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer
 ) -> list[Item]:
     """Those test inputs of tasks the SAE was not trained on whose prompts fit."""
-    tasks = loading.unseen_tasks(metadata, config.tasks)[: config.limit]
+    _, tasks = loading.unseen_tasks(metadata, config.tasks)
     budget = min(config.max_prompt, model.max_seq)
     asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
-    return prompts.items(tasks, tokenizer, asking, too_long="skip")
+    return prompts.items(tasks[: config.limit], tokenizer, asking, too_long="skip")
 
 
 def pick(model: qwen_eqx.Qwen, dictionary: Dictionary, items: list[Item], latent: int | None) -> tuple[int, float]:

@@ -45,8 +45,8 @@ ORDER = {
     "qwen_lab": {
         "": [
             "errors", "bounds", "stopping", "files", "extending", "locks", "provenance", "cli", "prompts", "completions",
-            "corpus", "places", "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings",
-            "sweeps", "runs", "jobs", "answering", "predictions", "solve_report",
+            "corpus", "places", "texts", "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages",
+            "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report",
         ],
     },
 }  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import corpus, errors, jobs, places, runs, sources, splicing, stopping
+from qwen_lab import corpus, errors, jobs, places, runs, sources, splicing, stopping, texts
 from running import ROOT, run, run_experiment, short_tasks, small
 from sae.evaluation import metrics
 
@@ -196,11 +197,73 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     assert set(found["task"]) <= set(sae.load_with_metadata(trained / "sae").metadata["held_out_tasks"])
     rows = sum(group["rows"] for group in found["position"].values())
     assert rows == sum(group["rows"] for group in found["task"].values()) == found["rows"]
+    assert f"these are of {found['rows_of']}" in said
+    assert re.fullmatch(rf"{rows:,.0f} rows of \d+ documents of [12] of 2 tasks: .*right answers", found["rows_of"])
     page = (tmp_path / "report.html").read_text()
     assert "test input" in page
     assert "<script" not in page
     assert (tmp_path / "densities.svg").exists()
     assert (tmp_path / "breakdown.svg").exists()
+
+
+def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
+    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=1, limit=1, max_tokens=512, out=tmp_path / "same")
+    assert "other text" not in run(evaluate_sae, config)
+    same = json.loads((tmp_path / "same" / "metrics.json").read_text())["sae"]
+    assert same["text"]["differs"] == []
+    assert same["text"]["found"] == same["text"]["trained_on"]
+    other = dataclasses.replace(config, tasks="arc-agi-2/training", encoder="shape(minimal)", out=tmp_path / "other")
+    first = run(evaluate_sae, other).splitlines()[0]
+    assert first == (
+        "other text than sae learned: found tasks arc-agi-2/training, encoder shape(minimal); trained on tasks "
+        f"arc-agi-1/training, encoder {arc.DEFAULT_ENCODER}"
+    )
+    text = json.loads((tmp_path / "other" / "metrics.json").read_text())["sae"]["text"]
+    assert (text["differs"], text["found"]["tasks"]) == (["tasks", "encoder"], "arc-agi-2/training")
+
+
+WORDS = st.one_of(st.none(), st.text(max_size=3))
+
+
+@given(*[st.fixed_dictionaries(dict.fromkeys(texts.Text.__dataclass_fields__, WORDS))] * 2)
+def test_text_is_other_where_both_say_so_or_it_has_no_name(here: dict[str, Any], there: dict[str, Any]):
+    found, trained = texts.Text(**here), texts.Text(**there)
+    assert texts.Text.of_metadata(trained.metadata) == trained
+    known = {name for name in here if name == "tasks" or None not in (here[name], there[name])}
+    assert set(found.differs(trained)) == {name for name in known if here[name] != there[name]}
+    assert found.differs(found) == []
+    (line,) = texts.warnings(found, {"a": trained, "b": trained}) or [""]
+    assert ("a, b" in line) == bool(found.differs(trained))
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"dataset_path": "openwebtext"}, {"tasks": 3}, {"tasks": None, "encoder": []}, {}]
+)
+def test_foreign_metadata_are_other_text(metadata: dict[str, Any]):
+    found = texts.Text(model="tiny-arc", tasks="arc-agi-1/evaluation", encoder="minimal")
+    (line,) = texts.warnings(found, {"theirs": texts.Text.of_metadata(metadata)})
+    assert line.endswith("tasks openwebtext" if "dataset_path" in metadata else "text that its metadata do not name")
+
+
+def test_what_was_read_is_counted(tmp_path: Path):
+    """There are three tasks, whatever the limit says."""
+    store, shape = tmp_path / "store", {"tasks": str(short_tasks(tmp_path)), "max_new_tokens": 4}
+    run(extract, extract.Config(**shape, limit=100, encoder="shape(minimal)", positions="generated", out=store))
+    shape |= {"limit": 120, "held_out": 1, "steps": 2, "batch_size": 2}
+    said = run(train_sae, small(tmp_path / "live", **shape))
+    assert re.search(r"these are of all [\d,]+ rows of 1 held-out tasks: prompts with what the model wrote", said)
+    said = run(train_sae, small(tmp_path / "replay", source="store", store=store, **shape))
+    assert re.search(r"these are of all [\d,]+ rows of 1 held-out tasks: what the model wrote", said)
+    live, replay = (sae.load_with_metadata(tmp_path / name / "sae").metadata for name in ("live", "replay"))
+    assert live["tasks_read"] == replay["tasks_read"] == 3
+    assert live["training"]["limit"] == 120
+    assert "limit" not in replay["training"]
+    assert "store" not in live["training"]
+    assert (live["encoder"], replay["encoder"]) == (arc.DEFAULT_ENCODER, "shape(minimal)")
+    assert live["tokenizer_digest"] == replay["tokenizer_digest"]
+    metrics = json.loads((tmp_path / "live" / "metrics.json").read_text())["sae"]
+    assert f"all {metrics['rows']:,.0f} rows" in metrics["rows_of"]
 
 
 def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):

@@ -78,15 +78,16 @@ def load_dictionary(source: str | Path, config: qwen_eqx.QwenConfig) -> Dictiona
     return OnModel().dictionary(Path(source).name, sae.load_with_metadata(source), config)
 
 
-def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> list[arc.Task]:
-    """The data set asked for; without one the tasks that an SAE's training held out, or the evaluation set of ARC-AGI-1."""
+def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> tuple[str, list[arc.Task]]:
+    """The data set asked for, by name; without one the tasks that an SAE's training held out, or ARC-AGI-1's evaluation."""
     held_out = metadata.get("held_out_tasks")
     if held_out is not None and not (isinstance(held_out, list) and all(isinstance(one, str) for one in held_out)):
         raise InputError(f"--sae: its held_out_tasks: found {held_out!r:.80}, expected a list of task ids")
     if tasks is not None or not isinstance(held_out, list) or not isinstance(metadata.get("tasks"), str):
-        return list(arc.load_tasks(tasks or UNSEEN))
+        name = tasks or UNSEEN
+        return name, list(arc.load_tasks(name))
     name = metadata["tasks"]
     picked = [task for task in arc.load_tasks(name) if task.id in set(held_out)]
     if not picked:
         raise InputError(f"--tasks: found none of the SAE's held-out tasks in {name}, expected them; name others")
-    return picked
+    return name, picked

@@ -15,7 +15,7 @@ from qwen_eqx.model.room import free_device_bytes
 from qwen_lab import evaluation, extending, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
-from qwen_lab.settings import RAISABLE, RunConfig, form_of, settled
+from qwen_lab.settings import RAISABLE, RunConfig, form_of, settled, training_flags
 from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
@@ -278,9 +278,10 @@ class Run:
             module = training.finish(state)
             total = evaluation.totals_of(module, held_out[:, _at(reads)], held_out[:, _at(writes)])
             where = self.config.out / "sae" / (member.name if self.config.sweep else "")
-            metadata = facts | member.place.metadata | {"training": settled(member.config)}
+            metadata = facts | member.place.metadata | {"training": training_flags(member.config)}
             sae.save(module, where, metadata, density=metrics.density(total))
             said = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
+            said["rows_of"] = sources.rows_of(self.source, len(held_out))
             dictionary = Dictionary(member.name, module, member.place, metadata)
             results[member.name] = Result(dictionary, where, metrics.summary(total) | said)
         files.write_json(self.config.out / "metrics.json", {name: one.metrics for name, one in results.items()})

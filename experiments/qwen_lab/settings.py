@@ -108,3 +108,12 @@ RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving
 def settled(config: RunConfig) -> dict[str, Any]:
     """What a run may not change while it goes on, but for raising what is RAISABLE."""
     return {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+
+
+LIVE = ("model", "revision", "dtype", "tasks", "limit", "max_prompt", "max_new_tokens")  # what a store knows better
+
+
+def training_flags(config: RunConfig) -> dict[str, Any]:
+    """What a saved dictionary says of the flags it was trained with: those that its source reads."""
+    unread = ("store",) if config.source == "live" else LIVE
+    return {name: value for name, value in settled(config).items() if name not in unread}
