@@ -19,8 +19,8 @@ import numpy as np
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, corpus, evaluation, figures, files, loading, locks, pages, provenance, texts
-from qwen_lab.bounds import Count, Times
+from qwen_lab import bounds, cli, corpus, evaluation, figures, files, flags, loading, locks, pages, provenance, texts
+from qwen_lab.bounds import Count, CountOrNone, Times
 from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError
 from qwen_lab.evaluation import Data
@@ -30,22 +30,22 @@ from qwen_lab.texts import Text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(loading.OnModel):
-    sae: tuple[str, ...] = ("runs/train_sae/sae",)
-    """SAEs to evaluate: directories, files, hub ids, or directories that hold several."""
-    k: Count | None = None
-    """Latents kept, for Qwen-Scope files whose path does not name it."""
-    limit: Count = 20
-    """Tasks to take at most."""
-    max_tokens: Count = 1024
-    """Tokens of a document: training pairs are left out to fit, and inputs that cannot fit are skipped."""
+    sae: flags.Paths = ("runs/train_sae/sae",)
+    """SAE directory, file or hub id. A list of them, or a directory that holds several, is compared."""
+    k: CountOrNone = None
+    """Latents that fire per position. For Qwen-Scope files whose path does not name it."""
+    limit: CountOrNone = 20
+    """Tasks to take, from the first; None takes all."""
+    max_prompt: flags.MaxPrompt = 1024
+    """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds. Answers count too."""
     sink_times: Times = 10.0
-    """Leave positions whose norm exceeds this many medians (attention sinks) out of reconstruction; 0 keeps all."""
+    """Leave out positions whose norm exceeds this many medians (attention sinks); 0 keeps all. Of reconstruction alone."""
     latents: Count = 40
     """Latents in the report, spread over all densities."""
     examples: Count = 4
     """Documents shown for each."""
     out: Path = Path("runs/evaluate_sae")
-    """Directory of the table, pictures and reports."""
+    """Directory of what is written. Table, pictures and reports."""
 
 
 def main(config: Config) -> None:
@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in given.items()}
     model, tokenizer, model_name = config.load_model([one.metadata for one in loaded.values()])
     dictionaries = [config.dictionary(name, one, model.config) for name, one in loaded.items()]
-    read = read_documents(config, dictionaries, tokenizer, model_name)
+    read = read_documents(config, dictionaries, model, tokenizer, model_name)
     with locks.claimed(config.out):
         measure(config, model, tokenizer, dictionaries, read, given)
 
@@ -152,7 +152,11 @@ def _numbers_as_such(text: str) -> list[tuple[int, str]]:
 
 
 def read_documents(
-    config: Config, dictionaries: Sequence[Dictionary], tokenizer: qwen_eqx.Tokenizer, model_name: str
+    config: Config,
+    dictionaries: Sequence[Dictionary],
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    model_name: str,
 ) -> Corpus:
     """Documents of tasks that none of the SAEs was trained on, where they say so; other text than theirs is said first."""
     held_out = [one.metadata.get("held_out_tasks") for one in dictionaries]
@@ -162,11 +166,12 @@ def read_documents(
     text = Text(model_name, name, config.encoder, config.prompt, f"sha256:{tokenizer.digest}")
     for line in texts.warnings(text, {one.name: Text.of_metadata(one.metadata) for one in dictionaries}):
         cli.console.print(line, markup=False)
-    options = {"max_tokens": config.max_tokens, "encoder": config.encoder, "format": config.prompt}
+    longest = min(config.max_prompt or model.config.max_seq, model.config.max_seq)
+    options = {"max_tokens": longest, "encoder": config.encoder, "format": config.prompt}
     documents = corpus.documents(tasks, tokenizer, **options)
     read = len({document.task for document in documents})
     if left := len(tasks) - read:
-        cli.console.print(f"{left} of {len(tasks)} tasks left out: longer than --max-tokens {config.max_tokens}")
+        cli.console.print(f"{left} of {len(tasks)} tasks left out: longer than {longest} tokens (--max-prompt)")
     return Corpus(text, documents, len(tasks), read)
 
 

@@ -44,9 +44,9 @@ ORDER = {
     },
     "qwen_lab": {
         "": [
-            "errors", "bounds", "stopping", "files", "extending", "locks", "provenance", "cli", "prompts", "completions",
-            "corpus", "places", "texts", "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages",
-            "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report",
+            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "prompts",
+            "completions", "corpus", "places", "texts", "loading", "rows", "splicing", "sources", "evaluation", "figures",
+            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report",
         ],
     },
 }  # fmt: skip

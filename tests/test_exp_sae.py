@@ -187,7 +187,7 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
 
 
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_tokens=512, out=tmp_path))
+    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_prompt=512, out=tmp_path))
     assert "the largest change of a logit is 0" in said
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert found["identity"] == 0.0
@@ -207,7 +207,7 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
 
 
 def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
-    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=1, limit=1, max_tokens=512, out=tmp_path / "same")
+    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=1, limit=1, max_prompt=512, out=tmp_path / "same")
     assert "other text" not in run(evaluate_sae, config)
     same = json.loads((tmp_path / "same" / "metrics.json").read_text())["sae"]
     assert same["text"]["differs"] == []
@@ -272,7 +272,7 @@ def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_
     sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
-    run(evaluate_sae, dataclasses.replace(config, max_tokens=512, out=tmp_path / "out"))
+    run(evaluate_sae, dataclasses.replace(config, max_prompt=512, out=tmp_path / "out"))
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
     picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
     assert len(picture) < 60_000

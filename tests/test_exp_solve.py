@@ -62,6 +62,7 @@ def test_more_tasks_go_on_to_the_same_bytes(source, tmp_path, later):
     with pytest.raises(InputError, match=f"--limit: found 2, expected at least {later or 'None'}") as caught:
         run(source, out, limit=2, **flags)
     assert "\n" not in str(caught.value)
+    assert "max_prompt_tokens" in json.loads((out / "resume.json").read_text())  # --max-prompt, as it was called
     with pytest.raises(InputError, match="seed=0 there, 1 here"):
         run(source, out, limit=later, seed=1, **flags)
 
@@ -110,7 +111,7 @@ def test_prompts_that_do_not_fit_are_said_and_leave_the_rest(source, tmp_path):
     for pair in big["train"]:
         pair["input"] = [[0] * 20] * 20
     path.write_text(json.dumps(big))
-    main(small(source, tmp_path / "out", max_prompt_tokens=250, capture=True))
+    main(small(source, tmp_path / "out", max_prompt=250, capture=True))
     outcomes = {line["task"]: line for line in lines_of(tmp_path / "out")}
     assert outcomes["b"]["outcome"] == "prompt too long"
     assert "expected 250" in outcomes["b"]["detail"]

@@ -64,7 +64,7 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
     default = places.default_sites(model.config, form_of(config))
     members = sweeps.make_members(config, combined, places.in_model(model.config), default)
     tasks = list(arc.load_tasks(config.tasks))[: config.limit]
-    asking = prompts.asking(tokenizer, budget=min(config.max_prompt, model.config.max_seq))
+    asking = prompts.asking(tokenizer, budget=min(config.max_prompt or model.config.max_seq, model.config.max_seq))
     source = sources.Live(
         model,
         tokenizer,

@@ -11,6 +11,7 @@ import arc
 import qwen_eqx
 import sae
 from qwen_lab import places
+from qwen_lab.bounds import Whole
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
 
@@ -22,23 +23,24 @@ class OnModel:
     """The flags of what puts SAEs into a model; unless said, an SAE's metadata name the model, the place and the tasks."""
 
     model: str | None = None
-    """Embedded name, directory or hub id; without it the model that the SAE names."""
+    """Embedded name, directory in Hugging Face's layout, or hub id. Without it the model that the SAE names."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model."""
-    layer: int | None = None
-    """Residual stream after this block; without it the site that the SAE names."""
+    """Of weights, cache and activations."""
+    layer: Whole | None = None
+    """Residual stream after this block. Without it the site that the SAE names."""
     site: str | None = None
     """Any other place, as TransformerLens or Hugging Face spell it."""
     target_site: str | None = None
-    """Site that a transcoder writes; without it the one that it names."""
+    """Site that a transcoder writes. Without it the one that it names."""
     tasks: str | None = None
-    """Data set; without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
+    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL.
+    Without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
     encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text."""
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
     prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format."""
+    """Prompt format: a name of arc.PROMPTS."""
 
     def load_model(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer, str]:
         """The model asked for, or the one that all of these SAEs name; and its name."""
