@@ -19,7 +19,7 @@ import evaluate_sae
 import extract
 import solve_arc
 import steer
-from qwen_lab import RunConfig, flags, places
+from qwen_lab import InputError, RunConfig, flags, places, settings
 from running import ROOT
 
 COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
@@ -128,6 +128,15 @@ SPELLED = [
 def test_flags_are_read(config: type, name: str, lines: list[str], expected: object):
     for line in lines:
         assert getattr(tyro.cli(config, args=line.split()), name) == expected, line
+
+
+def test_k_is_16_where_nobody_says_and_nothing_where_a_form_has_none():
+    assert settings.settled(RunConfig())["k"] == settings.settled(RunConfig(k=16))["k"] == 16
+    for form in ("relu", "gated"):
+        settings.check(RunConfig(form=form))
+        with pytest.raises(InputError, match=f"--k: found 16, expected none: {form} has no k"):
+            settings.check(RunConfig(form=form, k=16))
+    settings.check(RunConfig(form="jumprelu", k=3))  # its target
 
 
 def test_a_path_may_have_a_comma(tmp_path: Path):

@@ -15,7 +15,7 @@ from qwen_eqx.model.room import free_device_bytes
 from qwen_lab import evaluation, extending, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
-from qwen_lab.settings import RAISABLE, RunConfig, form_of, settled, training_flags
+from qwen_lab.settings import RAISABLE, RunConfig, form_of, k_of, settled, training_flags
 from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
@@ -40,7 +40,7 @@ def train_config(config: RunConfig) -> training.TrainConfig:
         decay_steps=config.steps // 5,
         sparsity=form.sparsity if config.sparsity is None else config.sparsity,
         sparsity_warmup_steps=config.steps // 5,
-        target_l0=float(config.k) if form.targets_l0 else 0.0,
+        target_l0=float(k_of(config)) if form.targets_l0 else 0.0,
         dead_after=config.dead_after,
         bias_rate=config.bias_rate,
         product_dtype=config.product_dtype,
@@ -216,12 +216,12 @@ class Run:
     def _blank(self, sample: jax.Array) -> tuple[training.TrainState, buffer.ShuffleBuffer]:
         """The state before the first step, centred and scaled by `sample`, and an empty buffer."""
         config, states = self.config, []
-        largest = max(member.config.k for member in self.members)
+        largest = max(k_of(member.config) for member in self.members)
         for member, (reads, writes) in zip(self.members, self.sites, strict=True):
             settings, module = train_config(member.config), make_module(member, largest, self.source.d_model)
             target = sample[:, _at(writes)] if member.place.transcodes else None
             state = training.init(module, settings, sample[:, _at(reads)], target)
-            numbers = training.hyper(module, settings, float(member.config.k) if "k" in module.details else None)
+            numbers = training.hyper(module, settings, float(k_of(member.config)) if "k" in module.details else None)
             states.append(eqx.tree_at(lambda s: s.hyper, state, numbers))
         rows = buffer.ShuffleBuffer.init(
             capacity=config.buffer_rows,

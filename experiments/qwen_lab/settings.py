@@ -53,8 +53,8 @@ class RunConfig:
     """Prompts the model works on together."""
     d_sae: Count = 1024
     """Latents."""
-    k: Count = 16
-    """Latents that fire per position. Exactly, on average or as a target, whatever the form's rule is."""
+    k: CountOrNone = None
+    """Latents that fire per position. Exactly, on average or as a target, as the form's rule is; without it 16."""
     sparsity: Weight | None = None
     """Weight of the sparsity penalty; without it what suits the form."""
     bias_rate: float | None = None
@@ -87,8 +87,11 @@ def check(config: RunConfig) -> None:
     """Raises for values that no run can have."""
     bounds.check(config)
     form = form_of(config)
-    if config.k > config.d_sae and ("k" in form.details or form.targets_l0):
-        raise InputError(f"--k: found {config.k}, expected at most the {config.d_sae} latents of --d-sae")
+    uses_k = "k" in form.details or form.targets_l0
+    if uses_k and k_of(config) > config.d_sae:
+        raise InputError(f"--k: found {k_of(config)}, expected at most the {config.d_sae} latents of --d-sae")
+    if config.k is not None and not uses_k:
+        raise InputError(f"--k: found {config.k}, expected none: {config.form} has no k, --sparsity says how many fire")
     if not config.lr > 0 or not math.isfinite(config.lr):
         raise InputError(f"--lr: found {config.lr}, expected a finite number above 0")
     if config.bias_rate is not None and not 0 < config.bias_rate < math.inf:
@@ -102,12 +105,18 @@ def form_of(config: RunConfig) -> type[sae.AbstractDictionary]:
     return sae.FORMS[config.form]
 
 
+def k_of(config: RunConfig) -> int:
+    """The k asked for, or else 16; forms that have none pass it over."""
+    return 16 if config.k is None else config.k
+
+
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """What a run may not change while it goes on, but for raising what is RAISABLE."""
-    return {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    kept = {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    return kept | {"k": k_of(config)}
 
 
 LIVE = ("model", "revision", "dtype", "tasks", "limit", "max_prompt", "max_new_tokens")  # what a store knows better
