@@ -19,32 +19,33 @@ import numpy as np
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, corpus, evaluation, figures, files, loading, locks, pages, provenance
-from qwen_lab.bounds import Count, Times
+from qwen_lab import bounds, cli, corpus, evaluation, figures, files, flags, loading, locks, pages, provenance, texts
+from qwen_lab.bounds import Count, CountOrNone, Times
 from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError
 from qwen_lab.evaluation import Data
 from qwen_lab.places import Dictionary
+from qwen_lab.texts import Text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(loading.OnModel):
-    sae: tuple[str, ...] = ("runs/train_sae/sae",)
-    """SAEs to evaluate: directories, files, hub ids, or directories that hold several."""
-    k: Count | None = None
-    """Latents kept, for Qwen-Scope files whose path does not name it."""
-    limit: Count = 20
-    """Tasks to take at most."""
-    max_tokens: Count = 1024
-    """Tokens of a document: training pairs are left out to fit, and inputs that cannot fit are skipped."""
+    sae: flags.Paths = ("runs/train_sae/sae",)
+    """SAE directory, file or hub id. A list of them, or a directory that holds several, is compared."""
+    k: CountOrNone = None
+    """Latents that fire per position. For Qwen-Scope files whose path does not name it."""
+    limit: CountOrNone = 20
+    """Tasks to take, from the first; None takes all."""
+    max_prompt: flags.MaxPrompt = 1024
+    """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds. Answers count too."""
     sink_times: Times = 10.0
-    """Leave positions whose norm exceeds this many medians (attention sinks) out of reconstruction; 0 keeps all."""
+    """Leave out positions whose norm exceeds this many medians (attention sinks); 0 keeps all. Of reconstruction alone."""
     latents: Count = 40
     """Latents in the report, spread over all densities."""
     examples: Count = 4
     """Documents shown for each."""
     out: Path = Path("runs/evaluate_sae")
-    """Directory of the table, pictures and reports."""
+    """Directory of what is written. Table, pictures and reports."""
 
 
 def main(config: Config) -> None:
@@ -53,32 +54,47 @@ def main(config: Config) -> None:
         raise InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
     given = find_saes(config.sae)
     loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in given.items()}
-    metadata = [one.metadata for one in loaded.values()]
-    model, tokenizer, model_name = config.load_model(metadata)
+    model, tokenizer, model_name = config.load_model([one.metadata for one in loaded.values()])
     dictionaries = [config.dictionary(name, one, model.config) for name, one in loaded.items()]
-    documents = read_documents(config, metadata, tokenizer)
+    read = read_documents(config, dictionaries, model, tokenizer, model_name)
     with locks.claimed(config.out):
-        measure(config, model, tokenizer, model_name, dictionaries, documents, given)
+        measure(config, model, tokenizer, dictionaries, read, given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What the SAEs are measured on."""
+
+    text: Text
+    documents: list[Document]
+    tasks_asked: int
+    tasks_read: int
+
+    def rows_of(self, rows: float) -> str:
+        """Which rows the metrics are of."""
+        tasks = f"{self.tasks_read} of {self.tasks_asked} tasks"
+        return f"{rows:,.0f} rows of {len(self.documents)} documents of {tasks}: prompts with their right answers"
 
 
 def measure(
     config: Config,
     model: qwen_eqx.Qwen,
     tokenizer: qwen_eqx.Tokenizer,
-    model_name: str,
     dictionaries: list[Dictionary],
-    documents: list[Document],
+    read: Corpus,
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
     files.expect_files(config.out, "run.json", "metrics.json", "report.html")
     provenance.record_run(config.out, config)
-    reading = cli.progress(documents, len(documents), "reading", "documents")
-    data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], model_name)
+    reading = cli.progress(read.documents, len(read.documents), "reading", "documents")
+    data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], read.text.model or "")
     results: dict[str, dict[str, Any]] = {}
     for one in cli.progress(dictionaries, len(dictionaries), "evaluating", "SAEs"):
         out = config.out / one.name if len(dictionaries) > 1 else config.out
-        results[one.name] = {"source": given[one.name]} | evaluate(config, one, data, out)
+        scores = evaluate(config, one, data, out)
+        said = {"source": given[one.name], "text": texts.compared(read.text, Text.of_metadata(one.metadata))}
+        results[one.name] = {**said, "rows_of": read.rows_of(scores["rows"]), **scores}
     files.write_json(config.out / "metrics.json", results)
     report(config, data, results)
 
@@ -100,6 +116,8 @@ def report(config: Config, data: Data, results: dict[str, dict[str, Any]]) -> No
     tasks = len(data.tasks)
     table = figures.metrics_table(results, f"{len(data.documents)} documents of {tasks} tasks")
     cli.console.print(table, soft_wrap=False)
+    rows_of = next(iter(results.values()))["rows_of"]
+    cli.console.print(f"these are of {rows_of}; train_sae.py's are of what the model wrote after all held-out prompts")
     identity = max(row["identity"] for row in results.values())
     cli.console.print(f"with the error term spliced in too, the largest change of a logit is {identity:g}")
     if len(results) > 1:
@@ -133,16 +151,28 @@ def _numbers_as_such(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def read_documents(config: Config, metadata: Sequence[dict[str, Any]], tokenizer: qwen_eqx.Tokenizer) -> list[Document]:
-    """Documents of tasks that none of the SAEs was trained on, where they say so."""
-    held_out = [one.get("held_out_tasks") for one in metadata]
+def read_documents(
+    config: Config,
+    dictionaries: Sequence[Dictionary],
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    model_name: str,
+) -> Corpus:
+    """Documents of tasks that none of the SAEs was trained on, where they say so; other text than theirs is said first."""
+    held_out = [one.metadata.get("held_out_tasks") for one in dictionaries]
     agree = all(one == held_out[0] for one in held_out)
-    tasks = loading.unseen_tasks(metadata[0] if agree else {}, config.tasks)[: config.limit]
-    options = {"max_tokens": config.max_tokens, "encoder": config.encoder, "format": config.prompt}
+    name, tasks = loading.unseen_tasks(dictionaries[0].metadata if agree else {}, config.tasks)
+    tasks = tasks[: config.limit]
+    text = Text(model_name, name, config.encoder, config.prompt, f"sha256:{tokenizer.digest}")
+    for line in texts.warnings(text, {one.name: Text.of_metadata(one.metadata) for one in dictionaries}):
+        cli.console.print(line, markup=False)
+    longest = min(config.max_prompt or model.config.max_seq, model.config.max_seq)
+    options = {"max_tokens": longest, "encoder": config.encoder, "format": config.prompt}
     documents = corpus.documents(tasks, tokenizer, **options)
-    if left := len(tasks) - len({document.task for document in documents}):
-        cli.console.print(f"{left} of {len(tasks)} tasks left out: longer than --max-tokens {config.max_tokens}")
-    return documents
+    read = len({document.task for document in documents})
+    if left := len(tasks) - read:
+        cli.console.print(f"{left} of {len(tasks)} tasks left out: longer than {longest} tokens (--max-prompt)")
+    return Corpus(text, documents, len(tasks), read)
 
 
 if __name__ == "__main__":

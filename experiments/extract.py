@@ -21,8 +21,9 @@ from rich.table import Table
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, completions, files, locks, places, prompts, provenance, rows, stopping
-from qwen_lab.bounds import Count, Seed
+from qwen_lab import bounds, cli, completions, files, flags, locks, places, prompts, provenance, rows, stopping
+from qwen_lab.bounds import Count, CountOrNone, Seed
+from qwen_lab.errors import InputError
 from qwen_lab.prompts import Item
 
 
@@ -33,31 +34,31 @@ class Config:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tasks: str = "arc-agi-1/training"
-    """Data set name (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
-    limit: Count = 6
-    """Tasks to take, from the first."""
-    layers: str = "late"
-    """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, `none`, or `late` for the last three fifths."""
-    sites: tuple[str, ...] = ()
-    """Further places, as TransformerLens or Hugging Face spell them: blocks.1.hook_resid_mid blocks.1.hook_mlp_out."""
+    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
+    limit: CountOrNone = 6
+    """Tasks to take, from the first; None takes all."""
+    layers: flags.Blocks = "late"
+    """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths. Or `none`."""
+    sites: flags.Sites = ()
+    """Further places, as TransformerLens or Hugging Face spell them: blocks.1.hook_resid_mid,blocks.1.hook_mlp_out."""
     positions: Literal["all", "generated"] = "all"
-    """Keep every position, or only those whose logits chose a generated token."""
+    """Every position, or only those whose logits chose a generated token."""
     max_new_tokens: Count = 64
-    """Tokens to generate at most; ARC answers in Qwen tokens have 179 on average and 1,022 at most."""
+    """Tokens to generate at most. ARC answers in Qwen tokens have 179 on average and 1,022 at most."""
     batch_size: Count = 4
     """Prompts generated together."""
     items_per_shard: Count = 8
-    """Test inputs in one shard file."""
+    """Items in one shard file. An item is a test input."""
     encoder: str = arc.DEFAULT_ENCODER
     """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
     prompt: str = arc.DEFAULT_PROMPT
     """Prompt format: a name of arc.PROMPTS."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights, cache and stored activations."""
+    """Of weights, cache and activations."""
     seed: Seed = 0
-    """Of the run; greedy decoding draws nothing."""
+    """Of the run. Greedy decoding draws nothing."""
     out: Path = Path("runs/extract")
-    """Store directory; a run that was cut off goes on where it stopped."""
+    """Directory of what is written. A store that was cut off, or is given a higher --limit, goes on where it stopped."""
 
 
 def main(config: Config) -> None:
@@ -79,8 +80,11 @@ def fill(
     items: list[Item],
 ) -> None:
     """Every shard that is missing, and what the store holds then."""
-    writer = sae.StoreWriter.create(config.out, manifest(config, model, tokenizer, capture, len(items)))
+    check_same_items(config.out, items)
+    writer = rows.writer(config.out, manifest(config, model, tokenizer, capture, len(items)))
     provenance.record_run(config.out, config)
+    if len(writer.missing) < writer.plan.shards:
+        cli.console.print(f"going on: {len(writer.missing)} of {writer.plan.shards} shards are missing")
     cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
     read, generated, seconds, speed = 0, 0, 0.0, ""
     todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
@@ -102,6 +106,17 @@ def fill(
                 advance(len(batch), f"{speed} ")
             writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), said)
     report(config, speed)
+
+
+def check_same_items(out: Path, items: list[Item]) -> None:
+    """Raises if the store there holds other items than the first of these: the tasks were changed meanwhile."""
+    if not (out / "manifest.json").exists():
+        return
+    for number, said in sae.ActivationStore.open(out).items.items():
+        if number < len(items) and (said.get("task"), said.get("test")) != (items[number].task.id, items[number].test):
+            found = f"task {items[number].task.id}, test {items[number].test} as item {number}"
+            expected = f"task {said.get('task')}, test {said.get('test')} as in the store {out}"
+            raise InputError(f"--tasks: found {found}, expected {expected}")
 
 
 def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> list[Item]:

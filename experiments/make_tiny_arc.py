@@ -24,6 +24,7 @@ from arc.grid import as_grid
 from arc.prompt import PROMPTS, answer, chat_messages
 from arc.task import Pair, Task
 from qwen_lab import cli, locks
+from qwen_lab.bounds import Seed
 from qwen_lab.errors import InputError
 
 EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
@@ -60,9 +61,9 @@ CHAT_TEMPLATE = """\
 @dataclasses.dataclass(frozen=True)
 class Config:
     out: Path = EMBEDDED
-    """Model directory; what is there is replaced."""
-    seed: int = 2
-    """Of the weights and of the prompts that the tokenizer is trained on."""
+    """Directory of what is written. A model that is there is replaced."""
+    seed: Seed = 2
+    """Of the run. Weights are drawn from it, and the prompts that the tokenizer is trained on."""
 
 
 def main(config: Config) -> None:

@@ -26,6 +26,7 @@ from qwen_lab import (
     bounds,
     cli,
     files,
+    flags,
     locks,
     places,
     predictions,
@@ -36,7 +37,7 @@ from qwen_lab import (
     stopping,
 )
 from qwen_lab.answering import Answer, How, Question
-from qwen_lab.bounds import Count, Seed, Whole
+from qwen_lab.bounds import Count, CountOrNone, Seed, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.predictions import RESCORED, Line
 
@@ -52,10 +53,10 @@ class Config:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tasks: str = "arc-agi-1/training"
-    """Data set name (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
+    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
     solutions: str | None = None
     """Kaggle solutions file, where it does not lie beside the challenges."""
-    limit: Count | None = 10
+    limit: CountOrNone = 10
     """Tasks to take, from the first; None takes all."""
     predictions_per_task: Count = 8
     """Completions of every test input, each under an augmentation of its own; the first is the task as it stands."""
@@ -76,33 +77,33 @@ class Config:
     pair_order: bool = True
     """Augment by shuffling the training pairs."""
     max_new_tokens: Count = 64
-    """Tokens to generate at most; answers in Qwen tokens have 179 on average and 1,022 at most: a real run wants 1,100."""
-    max_prompt_tokens: Count | None = None
-    """A longer prompt loses whole training pairs; None: whatever the model holds."""
+    """Tokens to generate at most. Answers in Qwen tokens have 179 on average and 1,022 at most: a real run wants 1,100."""
+    max_prompt: flags.MaxPrompt = None
+    """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds."""
     slots: Count = 8
     """Sequences generated together; a slot is refilled when its sequence ends."""
     tasks_together: Count = 1
     """Tasks that share the slots: more of them leave fewer slots idle, and are begun anew together after a cut."""
     capture: bool = False
     """Keep activations as a store in OUT/activations (not of a search)."""
-    layers: str = "late"
-    """Captured: residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths."""
+    layers: flags.Blocks = "late"
+    """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths. For --capture."""
     positions: Literal["all", "generated"] = "all"
-    """Captured: every position, or only those whose logits chose a generated token."""
+    """Every position, or only those whose logits chose a generated token. For --capture."""
     items_per_shard: Count = 8
-    """Captured: completions in one shard file."""
+    """Items in one shard file. An item is a completion. For --capture."""
     encoder: str = arc.DEFAULT_ENCODER
     """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
     prompt: str = arc.DEFAULT_PROMPT
     """Prompt format: a name of arc.PROMPTS."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights, cache and stored activations."""
+    """Of weights, cache and activations."""
     seed: Seed = 0
-    """Of augmentations and of sampling."""
+    """Of the run. Augmentations and samples are drawn from it."""
     report_tasks: Whole = 50
     """Tasks that the report shows in pictures."""
     out: Path = Path("runs/solve")
-    """Where everything goes; a run that was cut off goes on where it stopped."""
+    """Directory of what is written. A run that was cut off, or is given a higher --limit, goes on where it stopped."""
 
 
 def main(config: Config) -> None:
@@ -143,7 +144,7 @@ class Run:
         self.encoder = arc.encode.as_encoder(config.encoder)
         self.begun = arc.prefill(config.encoder, config.prompt)
         room = model.config.max_seq - config.max_new_tokens
-        budget = min(room, config.max_prompt_tokens or room)
+        budget = min(room, config.max_prompt or room)
         self.asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
         capture = None
         if config.capture:
@@ -153,7 +154,7 @@ class Run:
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
         self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
         files.expect_files(config.out, "run.json", "resume.json", "submission.json", "scores.json", "report.html")
-        predictions.same_run(config.out, settled(config) | self.facts())
+        predictions.same_run(config.out, settled(config) | self.facts(), self.tasks_digest)
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task
         self.file = predictions.File(config.out / "predictions.jsonl", tasks)
@@ -165,19 +166,21 @@ class Run:
         self.tokens, self.seconds = 0, 0.0
 
     def facts(self) -> dict[str, Any]:
-        """What results depend on beside the flags."""
+        """What results depend on beside the flags and the tasks."""
         return {
-            "tasks_digest": files.digest([[task.id, task.to_dict()] for task in self.tasks]),
             "model_config": files.digest(dataclasses.asdict(self.model.config)),
             "tokenizer": self.tokenizer.digest,
         }
+
+    def tasks_digest(self, limit: int | None) -> str:
+        return files.digest([[task.id, task.to_dict()] for task in self.tasks[:limit]])
 
     def store(self, capture: qwen_eqx.Capture) -> sae.StoreWriter:
         config = self.config
         plan = sae.Plan(self.firsts[-1], config.items_per_shard)
         origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settled(config))
         manifest = rows.manifest(self.model, self.tokenizer, capture, plan, origin)
-        return sae.StoreWriter.create(config.out / "activations", manifest)
+        return rows.writer(config.out / "activations", manifest)
 
     def generate(self) -> None:
         """Every task that is not done, `tasks_together` at a time, a line of the file per completion."""
@@ -258,8 +261,9 @@ class Run:
 
 def settled(config: Config) -> dict[str, Any]:
     """The flags that must agree for a run to go on."""
-    flags = {name: value for name, value in files.jsonable(config).items() if name not in FREE}
-    return flags | {"select": RESCORED if config.select == RESCORED else "any but rescore"}
+    kept = {name: value for name, value in files.jsonable(config).items() if name not in FREE}
+    kept["max_prompt_tokens"] = kept.pop("max_prompt")  # as files of earlier runs call it
+    return kept | {"select": RESCORED if config.select == RESCORED else "any but rescore"}
 
 
 def finish(run: Run) -> None:

@@ -22,8 +22,8 @@ from rich.text import Text
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, completions, files, loading, locks, prompts, provenance
-from qwen_lab.bounds import Count, Strength, Whole
+from qwen_lab import bounds, cli, completions, files, flags, loading, locks, prompts, provenance
+from qwen_lab.bounds import Count, CountOrNone, Strength, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary
 from qwen_lab.prompts import Item
@@ -41,14 +41,14 @@ class Config(loading.OnModel):
     """The value, in units of the latent's largest one on these prompts (of 1 if it never fires); may be negative or 0."""
     where: Literal["all", "prompt", "generated"] = "all"
     """Positions to change: all, the prompt's, or those that choose generated tokens."""
-    limit: Count = 3
-    """Tasks to take at most."""
-    max_prompt: Count = 1024
-    """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped."""
+    limit: CountOrNone = 3
+    """Tasks to take, from the first; None takes all."""
+    max_prompt: flags.MaxPrompt = 1024
+    """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds."""
     max_new_tokens: Count = 64
     """Tokens to generate at most."""
     out: Path = Path("runs/steer")
-    """Directory of steer.json."""
+    """Directory of what is written. It is steer.json."""
 
 
 def main(config: Config) -> None:
@@ -102,10 +102,10 @@ def make_items(
     config: Config, metadata: Mapping[str, Any], model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer
 ) -> list[Item]:
     """Those test inputs of tasks the SAE was not trained on whose prompts fit."""
-    tasks = loading.unseen_tasks(metadata, config.tasks)[: config.limit]
-    budget = min(config.max_prompt, model.max_seq)
+    _, tasks = loading.unseen_tasks(metadata, config.tasks)
+    budget = min(config.max_prompt or model.max_seq, model.max_seq)
     asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
-    return prompts.items(tasks, tokenizer, asking, too_long="skip")
+    return prompts.items(tasks[: config.limit], tokenizer, asking, too_long="skip")
 
 
 def pick(model: qwen_eqx.Qwen, dictionary: Dictionary, items: list[Item], latent: int | None) -> tuple[int, float]:

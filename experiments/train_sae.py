@@ -38,6 +38,7 @@ def train(config: RunConfig, job: jobs.Job) -> None:
     results = run.finish(job.facts)
     table = figures.metrics_table({name: result.metrics for name, result in results.items()})
     cli.console.print(table, soft_wrap=False)
+    cli.console.print(f"these are of {next(iter(results.values())).metrics['rows_of']}")
     picture = figures.loss_curves(config.out / "loss.svg", run.history, list(results))
     cli.console.print(f"loss curve: {picture}", markup=False)
     first = next(iter(results.values())).saved

@@ -23,7 +23,7 @@ from arc.files import read_json, whole
 from arc.records import STREAMED, dumps, hub_files, iter_records
 from arc.task import Task
 from qwen_lab import bounds, cli, files, locks, provenance, stopping
-from qwen_lab.bounds import Count
+from qwen_lab.bounds import Count, CountOrNone
 from qwen_lab.errors import INPUT_ERRORS, InputError
 
 SAVE_EVERY = 500  # records between two savings of the state
@@ -34,13 +34,13 @@ class Config:
     dataset: str = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
     """A hub data set (owner/name), a .jsonl or .parquet file, or a directory of them."""
     out: Path = Path("outputs/dataset")
-    """Where challenges.json, solutions.json and summary.json go."""
-    max_samples: Count | None = None
+    """Directory of what is written. These are challenges.json, solutions.json and summary.json."""
+    max_samples: CountOrNone = None
     """Stop after so many tasks; None takes all. The source is streamed: the rest is never downloaded."""
     max_train_pairs: Count = 4
     """Training pairs kept per task, at least 2; the pair after them is the test."""
     revision: str = "main"
-    """Revision of a hub data set."""
+    """Branch, tag or commit of a hub id."""
 
 
 @dataclass

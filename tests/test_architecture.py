@@ -48,10 +48,10 @@ ORDER = {
     },
     "qwen_lab": {
         "": [
-            "errors", "bounds", "stopping", "files", "locks", "provenance", "cli", "prompts", "completions", "corpus",
-            "places", "loading", "rows", "splicing", "sources", "evaluation", "figures", "pages", "settings", "sweeps",
-            "runs", "jobs", "answering", "predictions", "solve_report", "lessons", "exactness", "lm_settings", "lm_runs",
-            "exams",
+            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "prompts",
+            "completions", "corpus", "places", "texts", "loading", "rows", "splicing", "sources", "evaluation", "figures",
+            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
+            "exactness", "lm_settings", "lm_runs", "exams",
         ],
     },
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """extract.py: from a command line to a store whose rows are what a plain pass computes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import arc
 import extract
 import qwen_eqx
 import running
@@ -96,6 +98,43 @@ def test_a_shard_that_is_missing_is_made_again_byte_for_byte(extracted: tuple[Pa
     done = running.run_experiment("extract", *FLAGS, "--out", str(again))
     assert done.returncode == 0, done.stderr
     assert contents(again / "shards") == contents(out / "shards")
+
+
+@pytest.mark.parametrize("per_shard", [1, 2])
+def test_more_tasks_are_added_to_what_stands(per_shard: int, tmp_path: Path):
+    """The store is that of a run that was given all of them at once; whole shards are not written again."""
+    same = {"max_new_tokens": 4, "layers": "1,3", "items_per_shard": per_shard, "batch_size": 2}
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    extract.main(extract.Config(limit=1, out=grown, **same))
+    first = contents(grown / "shards")
+    written = {name: (grown / "shards" / name).stat().st_mtime_ns for name in first}
+    extract.main(extract.Config(limit=3, out=grown, **same))
+    extract.main(extract.Config(limit=3, out=whole, **same))
+    ours, theirs = contents(grown), contents(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"run.json", "manifest.json"}:
+        assert ours[name] == theirs[name], name
+    if per_shard == 1:
+        assert all((grown / "shards" / name).stat().st_mtime_ns == at for name, at in written.items())
+    config = extract.Config(limit=2, out=grown, **same)
+    with pytest.raises(errors.InputError, match="--limit: found 2, expected at least 3, as the run in") as caught:
+        extract.main(config)
+    assert "\n" not in str(caught.value)
+    assert contents(grown) == ours
+
+
+def test_more_of_other_tasks_are_refused(tmp_path: Path):
+    tasks = sorted(arc.load_tasks(running.short_tasks(tmp_path)), key=lambda task: task.id)
+    source = tmp_path / "tasks"
+    source.mkdir()
+    config = extract.Config(tasks=str(source), limit=1, max_new_tokens=2, out=tmp_path / "out")
+    (source / f"{tasks[1].id}.json").write_text(json.dumps(tasks[1].to_dict()))
+    extract.main(config)
+    (source / f"{tasks[0].id}.json").write_text(json.dumps(tasks[0].to_dict()))  # it sorts before the other
+    before = contents(tmp_path / "out")
+    with pytest.raises(errors.InputError, match=f"--tasks: found task {tasks[0].id}.*expected task {tasks[1].id}"):
+        extract.main(dataclasses.replace(config, limit=2))
+    assert contents(tmp_path / "out") == before
 
 
 BAD = {

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import corpus, errors, places, runs, sources, splicing, stopping
+from qwen_lab import corpus, errors, jobs, places, runs, sources, splicing, stopping, texts
 from running import ROOT, run, run_experiment, short_tasks, small
 from sae.evaluation import metrics
 
@@ -64,6 +65,55 @@ def test_the_same_command_again_changes_nothing_and_another_config_is_refused(tr
     assert (trained / WEIGHTS).read_bytes() == before
     with pytest.raises(errors.InputError, match=r"lr was 0\.002 and is 0\.5"):
         run(train_sae, small(trained, lr=0.5))
+
+
+def test_a_run_is_extended_by_more_steps_and_never_cut(trained: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    taken = []
+    real = runs.training.fit
+
+    def watched(state, batches, config, **options):
+        for each in real(state, batches, config, **options):
+            taken.append((int(each[0].step), config.steps, config.decay_steps))
+            yield each
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.training, "fit", watched)
+        assert "going on from step 8 of 20" in run(train_sae, small(out, steps=20))
+    assert taken == [(step, 20, 4) for step in range(10, 21, 2)]  # the schedule of the new length
+    assert runs.checkpoint.steps(out / "checkpoints") == [16, 20]
+    history = runs.Run.start(small(out, steps=20), *_job(small(out, steps=20))).history
+    assert [entry["step"] for entry in history] == list(range(2, 21, 2))
+    assert (out / WEIGHTS).read_bytes() != (trained / WEIGHTS).read_bytes()
+    again = tmp_path / "again"  # as far, but stopped in between
+    shutil.copytree(trained, again)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "_due", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stopping.Stopped):
+            run(train_sae, small(again, steps=20))
+    run(train_sae, small(again, steps=20))
+    assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    with pytest.raises(errors.InputError, match="--steps: found 10, expected at least 20, as the run in"):
+        run(train_sae, small(again, steps=10))
+
+
+def test_a_run_is_extended_by_more_tasks_and_never_cut(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "out")
+    run(train_sae, small(tmp_path / "out", steps=12, limit=7))
+    held_out = [
+        sae.load_with_metadata(place / "sae").metadata["held_out_tasks"] for place in (trained, tmp_path / "out")
+    ]
+    assert held_out[1][0] == held_out[0][1]  # the last ones of more tasks
+    with pytest.raises(errors.InputError, match="--limit: found 6, expected at least 7"):
+        run(train_sae, small(tmp_path / "out", steps=12))
+    with pytest.raises(errors.InputError, match=r"lr was 0\.002 and is 0\.5"):
+        run(train_sae, small(tmp_path / "out", steps=12, limit=7, lr=0.5))
+
+
+def _job(config: runs.RunConfig) -> tuple[list[Any], Any]:
+    job = jobs.open_job(config)
+    return job.members, job.source
 
 
 def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch):
@@ -137,7 +187,7 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
 
 
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_tokens=512, out=tmp_path))
+    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_prompt=512, out=tmp_path))
     assert "the largest change of a logit is 0" in said
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert found["identity"] == 0.0
@@ -147,11 +197,73 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     assert set(found["task"]) <= set(sae.load_with_metadata(trained / "sae").metadata["held_out_tasks"])
     rows = sum(group["rows"] for group in found["position"].values())
     assert rows == sum(group["rows"] for group in found["task"].values()) == found["rows"]
+    assert f"these are of {found['rows_of']}" in said
+    assert re.fullmatch(rf"{rows:,.0f} rows of \d+ documents of [12] of 2 tasks: .*right answers", found["rows_of"])
     page = (tmp_path / "report.html").read_text()
     assert "test input" in page
     assert "<script" not in page
     assert (tmp_path / "densities.svg").exists()
     assert (tmp_path / "breakdown.svg").exists()
+
+
+def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
+    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=1, limit=1, max_prompt=512, out=tmp_path / "same")
+    assert "other text" not in run(evaluate_sae, config)
+    same = json.loads((tmp_path / "same" / "metrics.json").read_text())["sae"]
+    assert same["text"]["differs"] == []
+    assert same["text"]["found"] == same["text"]["trained_on"]
+    other = dataclasses.replace(config, tasks="arc-agi-2/training", encoder="shape(minimal)", out=tmp_path / "other")
+    first = run(evaluate_sae, other).splitlines()[0]
+    assert first == (
+        "other text than sae learned: found tasks arc-agi-2/training, encoder shape(minimal); trained on tasks "
+        f"arc-agi-1/training, encoder {arc.DEFAULT_ENCODER}"
+    )
+    text = json.loads((tmp_path / "other" / "metrics.json").read_text())["sae"]["text"]
+    assert (text["differs"], text["found"]["tasks"]) == (["tasks", "encoder"], "arc-agi-2/training")
+
+
+WORDS = st.one_of(st.none(), st.text(max_size=3))
+
+
+@given(*[st.fixed_dictionaries(dict.fromkeys(texts.Text.__dataclass_fields__, WORDS))] * 2)
+def test_text_is_other_where_both_say_so_or_it_has_no_name(here: dict[str, Any], there: dict[str, Any]):
+    found, trained = texts.Text(**here), texts.Text(**there)
+    assert texts.Text.of_metadata(trained.metadata) == trained
+    known = {name for name in here if name == "tasks" or None not in (here[name], there[name])}
+    assert set(found.differs(trained)) == {name for name in known if here[name] != there[name]}
+    assert found.differs(found) == []
+    (line,) = texts.warnings(found, {"a": trained, "b": trained}) or [""]
+    assert ("a, b" in line) == bool(found.differs(trained))
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"dataset_path": "openwebtext"}, {"tasks": 3}, {"tasks": None, "encoder": []}, {}]
+)
+def test_foreign_metadata_are_other_text(metadata: dict[str, Any]):
+    found = texts.Text(model="tiny-arc", tasks="arc-agi-1/evaluation", encoder="minimal")
+    (line,) = texts.warnings(found, {"theirs": texts.Text.of_metadata(metadata)})
+    assert line.endswith("tasks openwebtext" if "dataset_path" in metadata else "text that its metadata do not name")
+
+
+def test_what_was_read_is_counted(tmp_path: Path):
+    """There are three tasks, whatever the limit says."""
+    store, shape = tmp_path / "store", {"tasks": str(short_tasks(tmp_path)), "max_new_tokens": 4}
+    run(extract, extract.Config(**shape, limit=100, encoder="shape(minimal)", positions="generated", out=store))
+    shape |= {"limit": 120, "held_out": 1, "steps": 2, "batch_size": 2}
+    said = run(train_sae, small(tmp_path / "live", **shape))
+    assert re.search(r"these are of all [\d,]+ rows of 1 held-out tasks: prompts with what the model wrote", said)
+    said = run(train_sae, small(tmp_path / "replay", source="store", store=store, **shape))
+    assert re.search(r"these are of all [\d,]+ rows of 1 held-out tasks: what the model wrote", said)
+    live, replay = (sae.load_with_metadata(tmp_path / name / "sae").metadata for name in ("live", "replay"))
+    assert live["tasks_read"] == replay["tasks_read"] == 3
+    assert live["training"]["limit"] == 120
+    assert "limit" not in replay["training"]
+    assert "store" not in live["training"]
+    assert (live["encoder"], replay["encoder"]) == (arc.DEFAULT_ENCODER, "shape(minimal)")
+    assert live["tokenizer_digest"] == replay["tokenizer_digest"]
+    metrics = json.loads((tmp_path / "live" / "metrics.json").read_text())["sae"]
+    assert f"all {metrics['rows']:,.0f} rows" in metrics["rows_of"]
 
 
 def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
@@ -160,7 +272,7 @@ def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_
     sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
-    run(evaluate_sae, dataclasses.replace(config, max_tokens=512, out=tmp_path / "out"))
+    run(evaluate_sae, dataclasses.replace(config, max_prompt=512, out=tmp_path / "out"))
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
     picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
     assert len(picture) < 60_000

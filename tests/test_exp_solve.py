@@ -45,6 +45,35 @@ def test_a_killed_run_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch, h
         assert run(source, out, **flags) == whole
 
 
+@pytest.mark.parametrize("later", [3, None])
+def test_more_tasks_go_on_to_the_same_bytes(source, tmp_path, later):
+    out, flags = tmp_path / "grown", {"capture": True, "items_per_shard": 4}  # the first task has 3 completions
+    whole = run(source, tmp_path / "whole", limit=later, **flags)
+    first = run(source, out, limit=1, **flags)
+    shards = [name for name in first if "shards" in name]
+    assert len(shards) == 2  # one, not full
+    second = run(source, out, limit=2, **flags)
+    assert second["predictions.jsonl"].startswith(first["predictions.jsonl"])
+    kept = {name: (out / name).stat().st_mtime_ns for name in second if "shards/000000" in name}
+    grown = run(source, out, limit=later, **flags)
+    for name in whole:  # manifests too
+        assert grown[name] == whole[name], name
+    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
+    with pytest.raises(InputError, match=f"--limit: found 2, expected at least {later or 'None'}") as caught:
+        run(source, out, limit=2, **flags)
+    assert "\n" not in str(caught.value)
+    assert "max_prompt_tokens" in json.loads((out / "resume.json").read_text())  # --max-prompt, as it was called
+    with pytest.raises(InputError, match="seed=0 there, 1 here"):
+        run(source, out, limit=later, seed=1, **flags)
+
+
+def test_more_of_other_tasks_are_refused(source, tmp_path):
+    run(source, tmp_path / "out", limit=1)
+    (Path(source) / "Z.json").write_text(json.dumps(made_task("Z").to_dict()))  # it sorts before the others
+    with pytest.raises(InputError, match="tasks_digest="):
+        run(source, tmp_path / "out", limit=2)
+
+
 def test_damage_to_the_files_is_repaired_or_said(source, tmp_path):
     out = tmp_path / "out"
     whole = run(source, out, capture=True)
@@ -82,7 +111,7 @@ def test_prompts_that_do_not_fit_are_said_and_leave_the_rest(source, tmp_path):
     for pair in big["train"]:
         pair["input"] = [[0] * 20] * 20
     path.write_text(json.dumps(big))
-    main(small(source, tmp_path / "out", max_prompt_tokens=250, capture=True))
+    main(small(source, tmp_path / "out", max_prompt=250, capture=True))
     outcomes = {line["task"]: line for line in lines_of(tmp_path / "out")}
     assert outcomes["b"]["outcome"] == "prompt too long"
     assert "expected 250" in outcomes["b"]["detail"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edge import entries, refused
+from edge import at_edge, entries, refused
 
 BIG = str(10**19)
 TABLE = [  # command, flags ({file} is a path below)
@@ -27,6 +27,13 @@ TABLE = [  # command, flags ({file} is a path below)
     ("steer", "--strength", "1e300"), ("steer", "--strength", "nan"), ("steer", "--sae", "x" * 5000),
     ("steer", "--sae", "/no/such"), ("steer", "--limit", "0"),
     ("transform_dataset", "--dataset", "x" * 5000 + ".jsonl"), ("transform_dataset", "--max-samples", BIG),
+    ("train_sae", "--form", "relu", "--k", "3"), ("train_sae", "--form", "gated", "--k", "3"),
+    ("train_sae", "--form", "relu", "--sweep", "k=3,5"), ("train_sae", "--form", "gated", "--sweep", "lr=1e-3", "k=3"),
+    ("train_sae", "--form", "no-such"), ("train_sae", "--bias-rate", "x"), ("train_sae", "--layer", "x"),
+    ("extract", "--seed", "abc"), ("extract", "--seed", "1e3"), ("extract", "--seed"), ("extract", "--limit", "1.5"),
+    ("extract", "--dtype", "int8"), ("extract", "--sed", "3"), ("extract", "stray"), ("extract", "--seed", "x" * 5000),
+    ("solve_arc", "--colours", "maybe"), ("solve_arc", "--temperature", "warm"), ("steer", "--strength", ""),
+    ("evaluate_sae", "--k", "all"), ("transform_dataset", "--max-samples", "many"), ("make_tiny_arc", "--layers", "3"),
     ("make_tiny_arc", "--seed", "-1"), ("make_tiny_arc", "--seed", BIG), ("make_tiny_arc", "--out", "{long}"),
 ]  # fmt: skip
 
@@ -47,6 +54,36 @@ def test_a_wrong_flag_is_one_line(command: str, flags: tuple[str, ...], tmp_path
     assert "expected" in said or "no such" in said
     assert len(said) < 1000
     assert entries(tmp_path) == there
+
+
+SAID = {
+    ("extract", "--seed", "abc"): "--seed: found 'abc', expected a whole number",
+    ("extract", "--limit", "abc"): "--limit: found 'abc', expected a whole number",
+    ("solve_arc", "--temperature", "warm"): "--temperature: found 'warm', expected a number",
+    ("train_sae", "--sparsity", "x"): "--sparsity: found 'x', expected a number",
+    (
+        "train_sae",
+        "--form",
+        "relu",
+        "--k",
+        "3",
+    ): "--k: found 3, expected none: relu has no k, --sparsity says how many fire",
+    ("extract", "--out"): "--out: found no value, expected one",
+    ("extract", "--dtype", "int8"): "--dtype: found 'int8', expected one of 'bfloat16', 'float32'",
+    ("extract", "--sed", "3"): "flags: found --sed, 3, expected those that --help names (such as --seed)",
+    ("steer", "stray"): "flags: found stray, expected those that --help names",
+}
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "300"])
+def test_what_the_parser_draws_in_a_box_is_worded_as_our_errors_are(columns: str, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("COLUMNS", columns)
+    for (command, *flags), line in SAID.items():
+        assert refused(command, *flags) == f"error: {line}\n"
+
+
+def test_help_is_no_error():
+    assert at_edge("train_sae", "--help") == (0, "")
 
 
 def test_bounds_are_said_in_help(capsys):

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+import sae
 from qwen_lab import stopping
 from running import ROOT, short_tasks
 from sae.training import checkpoint
@@ -16,6 +18,12 @@ from sae.training import checkpoint
 IMPORTS = ("jax", "-")
 COMPILE = ("jax._src.compiler", "compile_or_get_cached")
 MODEL = ("qwen_eqx.generation.generate", "generate")
+DECODE = (
+    "qwen_eqx.generation.generate",
+    "generate+15",
+)  # seconds: its program is compiled by then, and runs for minutes
+READING = ("qwen_eqx.model.effect", "captured")
+SPLICING = ("qwen_eqx.model.effect", "effects")
 SCHEDULE = ("qwen_eqx.generation.scheduler", "schedule")
 WRITE = ("sae.files", "commit")
 TRAINING = ("sae.training.loop", "run")
@@ -26,8 +34,8 @@ SMALL = {
     "solve_arc": "--limit 2 --max-new-tokens 4 --predictions-per-task 2",
     "train_sae": "--limit 3 --held-out 1 --max-new-tokens 2 --d-sae 32 --k 4 --steps 6 --batch-size 32 --steps-per-call 2 "
     "--max-prompt 512 --buffer-rows 8192",
-    "steer": "--limit 1 --max-new-tokens 2",
-    "evaluate_sae": "--limit 1",
+    "steer": "--limit 1 --max-new-tokens 30000 --max-prompt 512 --latent 3",
+    "evaluate_sae": "--limit 3 --max-prompt 512 --latents 2",
     "transform_dataset": "",
     "make_tiny_arc": "",
 }
@@ -39,7 +47,10 @@ CASES += [
     ("solve_arc", COMPILE, "SIGTERM"), ("solve_arc", SCHEDULE, "SIGINT"), ("solve_arc", WRITE, "SIGINT"),
     ("train_sae", MODEL, "SIGINT"), ("train_sae", TRAINING, "SIGINT"), ("train_sae", TRAINING, "SIGTERM"),
     ("transform_dataset", RECORD, "SIGINT"), ("transform_dataset", WRITE, "SIGTERM"),
-    ("make_tiny_arc", COMPILE, "SIGINT"),
+    ("make_tiny_arc", COMPILE, "SIGINT"), ("steer", COMPILE, "SIGTERM"), ("steer", MODEL, "SIGINT"),
+    ("steer", DECODE, "SIGINT"), ("steer", DECODE, "SIGTERM"), ("evaluate_sae", COMPILE, "SIGTERM"),
+    ("evaluate_sae", READING, "SIGINT"), ("evaluate_sae", SPLICING, "SIGINT"), ("evaluate_sae", SPLICING, "SIGTERM"),
+    ("evaluate_sae", WRITE, "SIGTERM"),
 ]  # fmt: skip
 
 
@@ -47,6 +58,10 @@ def flags_of(command: str, where: Path) -> list[str]:
     flags = [*SMALL[command].split(), "--out", str(where / "out")]
     if command in ("extract", "solve_arc", "train_sae"):
         flags += ["--tasks", str(short_tasks(where))]
+    if command in ("steer", "evaluate_sae"):
+        module = sae.TopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
+        sae.save(module, where / "sae", {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post"})
+        flags += ["--sae", str(where / "sae")]
     if command == "transform_dataset":
         pairs = [[[[colour]], [[colour]]] for colour in range(4)]
         (where / "data.jsonl").write_text(json.dumps({"examples": pairs}) + "\n")
@@ -72,6 +87,8 @@ def test_a_signal_ends_a_command_in_one_line(command: str, phase: tuple[str, str
     done = run_until(number, phase, command, flags_of(command, tmp_path))
     assert done.returncode == CODES[number], done.stderr
     assert done.stderr == stopping.LINES[CODES[number]] + "\n"
+    results = {"steer": "steer.json", "evaluate_sae": "metrics.json"}
+    assert not (tmp_path / "out" / results.get(command, "none")).exists()
     if phase == TRAINING:
         assert checkpoint.steps(tmp_path / "out" / "checkpoints") == [2]
     if phase == RECORD:

@@ -57,6 +57,44 @@ def test_shards_part_the_items_in_order(items, items_per_shard):
     assert all(len(plan.items_of(shard)) == items_per_shard for shard in range(plan.shards - 1))
 
 
+@given(items=st.integers(0, 9), more=st.integers(0, 9), per_shard=st.integers(1, 4), done=st.integers(0, 9))
+def test_an_extended_store_is_one_that_was_planned_so(tmp_path_factory, items, more, per_shard, done):
+    def planned(items: int) -> sae.Manifest:
+        config = MANIFEST.config | {"limit": items}
+        return dataclasses.replace(MANIFEST, plan=sae.Plan(items, per_shard), config=config)
+
+    where, whole = tmp_path_factory.mktemp("grown"), tmp_path_factory.mktemp("whole")
+    short, long = planned(items), planned(items + more)
+    write(where, short, shards=range(min(done, short.plan.shards)))
+    before = contents(where)
+    writer = sae.StoreWriter.extend(where, long, "limit")
+    full = [f"shards/{shard:06d}." for shard in range(min(done, items // per_shard))]
+    kept = {name: data for name, data in before.items() if name.startswith(tuple(full))}
+    assert kept == {name: data for name, data in contents(where).items() if name in kept}
+    assert set(writer.missing).isdisjoint(range(len(full)))
+    write(where, long)
+    write(whole, long)
+    assert contents(where) == contents(whole)
+    assert sae.ActivationStore.open(where).complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"plan": sae.Plan(4, 2)}, "plan.items is 5 there and 4 in this run"),
+        ({"plan": sae.Plan(7, 3)}, "plan.items_per_shard is 2 there and 3"),
+        ({"seed": 1}, "seed is 0 there and 1"),
+        ({"config": {"limit": 7, "sites": ("b",)}}, "config.sites"),
+    ],
+)
+def test_a_store_is_not_extended_by_another_run(tmp_path, changes, said):
+    write(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(sae.InputError, match=re.escape(said)):
+        sae.StoreWriter.extend(tmp_path, dataclasses.replace(MANIFEST, **changes), "limit")
+    assert contents(tmp_path) == before
+
+
 @given(strategies.manifest_fields(), st.data())
 def test_a_store_is_the_concatenation_of_its_shards(tmp_path_factory, fields, data):
     manifest = sae.Manifest(**fields)

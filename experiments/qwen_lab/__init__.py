@@ -1,6 +1,9 @@
 """Where the packages meet: what commands, scripts and notebooks share."""
 
+import ast
 import importlib
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,35 +35,13 @@ if TYPE_CHECKING:
     from qwen_lab.stopping import Stopped as Stopped
     from qwen_lab.sweeps import Member as Member
 
-# A name is imported when it is asked for: a command's handlers of signals stand before JAX is imported.
+# A name is imported when it is asked for: a command's handlers of signals stand before JAX is imported. So the imports
+# above are read here, by type checkers and by the reference, and never run.
 _HOMES = {
-    "generate": "completions",
-    "outcome": "completions",
-    "read": "completions",
-    "tokens_of": "completions",
-    "Document": "corpus",
-    "cells_of_tokens": "corpus",
-    "documents": "corpus",
-    "InputError": "errors",
-    "RunError": "errors",
-    "Data": "evaluation",
-    "evaluate": "evaluation",
-    "open_job": "jobs",
-    "train": "jobs",
-    "load_dictionary": "loading",
-    "write_page": "pages",
-    "Dictionary": "places",
-    "Place": "places",
-    "Item": "prompts",
-    "asking": "prompts",
-    "items": "prompts",
-    "Result": "runs",
-    "Run": "runs",
-    "RunConfig": "settings",
-    "Live": "sources",
-    "Stored": "sources",
-    "Stopped": "stopping",
-    "Member": "sweeps",
+    alias.name: node.module
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[__name__])))
+    if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("qwen_lab.")
+    for alias in node.names
 }
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -68,7 +49,7 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -32,6 +32,7 @@ class Within:
 
 MOST = 10**9
 Count = Annotated[int, Within(1, MOST), tyro.conf.arg(metavar="1 to 10^9")]
+CountOrNone = Annotated[int | None, Within(1, MOST), tyro.conf.arg(metavar="1 to 10^9, or None")]
 Whole = Annotated[int, Within(0, MOST), tyro.conf.arg(metavar="0 to 10^9")]
 Seed = Annotated[int, Within(0, 2**63 - 1), tyro.conf.arg(metavar="0 to 2^63 - 1")]
 Weight = Annotated[float, Within(0.0, 1e6), tyro.conf.arg(metavar="0 to 1e6")]
@@ -52,4 +53,6 @@ def _bounds(kind: Any) -> list[Within]:
     """Of a type, or of the members of `X | None`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return [bounds for each in typing.get_args(kind) for bounds in _bounds(each)]
-    return [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Within)]
+    if typing.get_origin(kind) is not Annotated:
+        return []
+    return _bounds(kind.__origin__) + [each for each in kind.__metadata__ if isinstance(each, Within)]

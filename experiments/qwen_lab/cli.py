@@ -6,15 +6,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import rich.progress
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import bounds, files, stopping
+from qwen_lab import bounds, files, flags, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
@@ -26,7 +25,10 @@ ItemT = TypeVar("ItemT")
 
 def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     """Parses flags into `config`, runs `main`, and exits: 0 done, 1 broke, 2 wrong input, 75 stopped, 130 interrupted."""
-    arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
+    try:
+        arguments = flags.parse(config, sys.modules[main.__module__].__doc__)
+    except InputError as error:
+        _fail(BAD_INPUT, f"error: {error}")
     try:
         with nullcontext() if stopping.installed() else stopping.held():
             bounds.check(arguments)
@@ -107,7 +109,7 @@ def _keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "qwen-eqx" / "xla"))
 
 
-def _fail(code: int, message: str) -> None:
+def _fail(code: int, message: str) -> NoReturn:
     print(" ".join(message.split()), file=sys.stderr)
     if stopping.installed() and code in stopping.LINES:
         stopping.leave(code)

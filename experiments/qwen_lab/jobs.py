@@ -12,6 +12,7 @@ from qwen_lab import locks, places, prompts, sources, sweeps
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
+from qwen_lab.texts import Text
 
 ModelAndTokenizer = tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]
 
@@ -51,8 +52,9 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     sites = sweeps.sites_of(members)
     source = sources.Stored(store, held_out=config.held_out, sites=sites, prompts=config.prompts)
     manifest = store.manifest
-    facts = {"model_name": manifest.model_id, "revision": manifest.revision, "tasks": manifest.config.get("tasks")}
-    return Job(source, members, facts | {"held_out_tasks": list(source.held_out_tasks)})
+    said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
+    text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)
+    return Job(source, members, _facts(text, manifest.revision, source))
 
 
 def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTokenizer | None) -> Job:
@@ -62,7 +64,7 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
     default = places.default_sites(model.config, form_of(config))
     members = sweeps.make_members(config, combined, places.in_model(model.config), default)
     tasks = list(arc.load_tasks(config.tasks))[: config.limit]
-    asking = prompts.asking(tokenizer, budget=min(config.max_prompt, model.config.max_seq))
+    asking = prompts.asking(tokenizer, budget=min(config.max_prompt or model.config.max_seq, model.config.max_seq))
     source = sources.Live(
         model,
         tokenizer,
@@ -72,5 +74,11 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
         prompts=config.prompts,
         max_new_tokens=config.max_new_tokens,
     )
-    facts = {"model_name": config.model, "revision": config.revision, "tasks": config.tasks}
-    return Job(source, members, facts | {"held_out_tasks": list(source.held_out_tasks)})
+    text = Text(config.model, config.tasks, arc.DEFAULT_ENCODER, arc.DEFAULT_PROMPT, f"sha256:{tokenizer.digest}")
+    return Job(source, members, _facts(text, config.revision, source))
+
+
+def _facts(text: Text, revision: str | None, source: sources.Source) -> dict[str, Any]:
+    """What was read, counted where it was: a flag's limit may be more than there was."""
+    read = {"tasks_read": source.tasks_read, "held_out_tasks": list(source.held_out_tasks)}
+    return {**text.metadata, "revision": revision, **read}

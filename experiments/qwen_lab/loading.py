@@ -11,6 +11,7 @@ import arc
 import qwen_eqx
 import sae
 from qwen_lab import places
+from qwen_lab.bounds import Whole
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
 
@@ -22,23 +23,24 @@ class OnModel:
     """The flags of what puts SAEs into a model; unless said, an SAE's metadata name the model, the place and the tasks."""
 
     model: str | None = None
-    """Embedded name, directory or hub id; without it the model that the SAE names."""
+    """Embedded name, directory in Hugging Face's layout, or hub id. Without it the model that the SAE names."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model."""
-    layer: int | None = None
-    """Residual stream after this block; without it the site that the SAE names."""
+    """Of weights, cache and activations."""
+    layer: Whole | None = None
+    """Residual stream after this block. Without it the site that the SAE names."""
     site: str | None = None
     """Any other place, as TransformerLens or Hugging Face spell it."""
     target_site: str | None = None
-    """Site that a transcoder writes; without it the one that it names."""
+    """Site that a transcoder writes. Without it the one that it names."""
     tasks: str | None = None
-    """Data set; without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
+    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL.
+    Without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
     encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text."""
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
     prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format."""
+    """Prompt format: a name of arc.PROMPTS."""
 
     def load_model(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer, str]:
         """The model asked for, or the one that all of these SAEs name; and its name."""
@@ -78,15 +80,16 @@ def load_dictionary(source: str | Path, config: qwen_eqx.QwenConfig) -> Dictiona
     return OnModel().dictionary(Path(source).name, sae.load_with_metadata(source), config)
 
 
-def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> list[arc.Task]:
-    """The data set asked for; without one the tasks that an SAE's training held out, or the evaluation set of ARC-AGI-1."""
+def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> tuple[str, list[arc.Task]]:
+    """The data set asked for, by name; without one the tasks that an SAE's training held out, or ARC-AGI-1's evaluation."""
     held_out = metadata.get("held_out_tasks")
     if held_out is not None and not (isinstance(held_out, list) and all(isinstance(one, str) for one in held_out)):
         raise InputError(f"--sae: its held_out_tasks: found {held_out!r:.80}, expected a list of task ids")
     if tasks is not None or not isinstance(held_out, list) or not isinstance(metadata.get("tasks"), str):
-        return list(arc.load_tasks(tasks or UNSEEN))
+        name = tasks or UNSEEN
+        return name, list(arc.load_tasks(name))
     name = metadata["tasks"]
     picked = [task for task in arc.load_tasks(name) if task.id in set(held_out)]
     if not picked:
         raise InputError(f"--tasks: found none of the SAE's held-out tasks in {name}, expected them; name others")
-    return picked
+    return name, picked

@@ -11,7 +11,7 @@ import numpy as np
 
 import arc
 import qwen_eqx
-from qwen_lab import completions, files
+from qwen_lab import completions, extending, files
 from qwen_lab.answering import Answer, Question
 from qwen_lab.errors import InputError
 
@@ -94,9 +94,13 @@ class Tally:
         return f"{self.solved:g}/{known} solved, {self.parsed / max(1, self.all):.0%} parsed"
 
 
-def same_run(directory: Path, wanted: dict[str, Any]) -> None:
-    """Writes what a resumed run must agree with; raises, naming the differences, if another run stands there."""
-    path = directory / "resume.json"
+def same_run(directory: Path, settled: dict[str, Any], tasks_digest: Callable[[int | None], str]) -> None:
+    """Writes what a resumed run must agree with; raises, naming the differences, if another run stands there.
+
+    `tasks_digest(limit)` is of the first tasks: a run that was begun with a lower limit must have had those.
+    """
+    path, limit = directory / "resume.json", settled["limit"]
+    wanted = settled | {"tasks_digest": tasks_digest(limit)}
     if not path.exists():
         if (directory / "predictions.jsonl").exists():
             raise InputError(f"--out {directory}: found predictions.jsonl without resume.json, expected both or none")
@@ -106,13 +110,18 @@ def same_run(directory: Path, wanted: dict[str, Any]) -> None:
         there = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         raise InputError(f"{path}: found no JSON object, expected what an earlier run wrote") from None
+    expected = wanted
+    if extending.raised(directory, "limit", there.get("limit"), limit):
+        expected = wanted | {"limit": there["limit"], "tasks_digest": tasks_digest(there["limit"])}
     differences = [
-        f"{name}={there.get(name)!r} there, {wanted.get(name)!r} here"
-        for name in sorted(there.keys() | wanted.keys())
-        if there.get(name) != wanted.get(name)
+        f"{name}={there.get(name)!r} there, {expected.get(name)!r} here"
+        for name in sorted(there.keys() | expected.keys())
+        if there.get(name) != expected.get(name)
     ]
     if differences:
         raise InputError(f"--out {directory}: found another run, expected the same: {'; '.join(differences)}")
+    if there != wanted:
+        files.write_json(path, wanted)
 
 
 def _believed(fields: Line) -> bool:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import qwen_eqx
 import sae
-from qwen_lab import files, provenance
+from qwen_lab import extending, files, provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,14 @@ def manifest(
         config=origin.config,
         versions=provenance.versions(),
     )
+
+
+def writer(directory: Path, manifest: sae.Manifest) -> sae.StoreWriter:
+    """Of a new store, of the same one resumed, or of one that was begun with a lower --limit."""
+    path, limit = directory / "manifest.json", manifest.config["limit"]
+    if path.exists() and extending.raised(directory, "limit", sae.Manifest.read(path).config.get("limit"), limit):
+        return sae.StoreWriter.extend(directory, manifest, "limit")
+    return sae.StoreWriter.create(directory, manifest)
 
 
 class Shards:

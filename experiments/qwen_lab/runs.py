@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 import sae
 from qwen_eqx.model.room import free_device_bytes
-from qwen_lab import evaluation, files, provenance, sources, stopping
+from qwen_lab import evaluation, extending, files, provenance, sources, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
-from qwen_lab.settings import RunConfig, form_of, settled
+from qwen_lab.settings import RAISABLE, RunConfig, form_of, k_of, settled, training_flags
 from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
@@ -40,7 +40,7 @@ def train_config(config: RunConfig) -> training.TrainConfig:
         decay_steps=config.steps // 5,
         sparsity=form.sparsity if config.sparsity is None else config.sparsity,
         sparsity_warmup_steps=config.steps // 5,
-        target_l0=float(config.k) if form.targets_l0 else 0.0,
+        target_l0=float(k_of(config)) if form.targets_l0 else 0.0,
         dead_after=config.dead_after,
         bias_rate=config.bias_rate,
         product_dtype=config.product_dtype,
@@ -216,12 +216,12 @@ class Run:
     def _blank(self, sample: jax.Array) -> tuple[training.TrainState, buffer.ShuffleBuffer]:
         """The state before the first step, centred and scaled by `sample`, and an empty buffer."""
         config, states = self.config, []
-        largest = max(member.config.k for member in self.members)
+        largest = max(k_of(member.config) for member in self.members)
         for member, (reads, writes) in zip(self.members, self.sites, strict=True):
             settings, module = train_config(member.config), make_module(member, largest, self.source.d_model)
             target = sample[:, _at(writes)] if member.place.transcodes else None
             state = training.init(module, settings, sample[:, _at(reads)], target)
-            numbers = training.hyper(module, settings, float(member.config.k) if "k" in module.details else None)
+            numbers = training.hyper(module, settings, float(k_of(member.config)) if "k" in module.details else None)
             states.append(eqx.tree_at(lambda s: s.hyper, state, numbers))
         rows = buffer.ShuffleBuffer.init(
             capacity=config.buffer_rows,
@@ -250,8 +250,11 @@ class Run:
 
     def _check_same(self, old: dict[str, Any]) -> None:
         new = settled(self.config)
+        more = {name for name in RAISABLE if extending.raised(self.config.out, name, old.get(name), new[name])}
         differences = [
-            f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]
+            f"{name} was {old.get(name)!r} and is {new[name]!r}"
+            for name in new
+            if name not in more and old.get(name) != new[name]
         ]
         if differences:
             where = f"--out {self.config.out}: found the checkpoints of another run"
@@ -275,9 +278,10 @@ class Run:
             module = training.finish(state)
             total = evaluation.totals_of(module, held_out[:, _at(reads)], held_out[:, _at(writes)])
             where = self.config.out / "sae" / (member.name if self.config.sweep else "")
-            metadata = facts | member.place.metadata | {"training": settled(member.config)}
+            metadata = facts | member.place.metadata | {"training": training_flags(member.config)}
             sae.save(module, where, metadata, density=metrics.density(total))
             said = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
+            said["rows_of"] = sources.rows_of(self.source, len(held_out))
             dictionary = Dictionary(member.name, module, member.place, metadata)
             results[member.name] = Result(dictionary, where, metrics.summary(total) | said)
         files.write_json(self.config.out / "metrics.json", {name: one.metrics for name, one in results.items()})

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae
-from qwen_lab import bounds, files
-from qwen_lab.bounds import Count, Seed, Times, Weight, Whole
+from qwen_lab import bounds, files, flags
+from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
 from qwen_lab.errors import InputError
 
 Form = Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(list(sae.FORMS)))]
@@ -25,42 +25,42 @@ class RunConfig:
     """Activation store, for --source store."""
     form: Form = "topk"
     """Of the dictionary."""
-    sweep: tuple[str, ...] = ()
+    sweep: flags.Axes = ()
     """Axes such as k=8,16,32 or layer=1,2,3 (also lr, seed, sparsity, site); all combinations train at once on one pass."""
     model: str = "tiny-arc"
-    """Embedded name, directory in Hugging Face's layout, or hub id (live)."""
+    """Embedded name, directory in Hugging Face's layout, or hub id. Live only."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model and of the activations (live)."""
+    """Of weights, cache and activations. Live only."""
     tasks: str = "arc-agi-1/training"
-    """Data set name, directory of {id}.json, Kaggle challenges file, or JSONL (live)."""
-    limit: Count = 120
-    """Tasks to take, from the first, held-out ones included (live)."""
+    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL. Live only."""
+    limit: CountOrNone = 120
+    """Tasks to take, from the first; None takes all. Held-out ones are among them. Live only."""
     held_out: Count = 20
     """Of these the last so many are never trained on; the metrics at the end are theirs."""
     layer: Whole | None = None
-    """Residual stream after this block; without it the first of the late ones (or the store's first site)."""
+    """Residual stream after this block. Without it the first of the late ones, or the store's first site."""
     site: str | None = None
-    """Any other place, as TransformerLens or Hugging Face spell it: blocks.2.hook_mlp_out; A+B for two at once."""
+    """Any other place, as TransformerLens or Hugging Face spell it. For instance blocks.2.hook_mlp_out; A+B for two."""
     target_site: str | None = None
-    """Train a transcoder, which from the site above predicts this later one."""
-    max_prompt: Count = 1024
-    """Prompt tokens at most: training pairs are left out to fit, and inputs that cannot fit are skipped (live)."""
+    """Site that a transcoder writes. With it one is trained, which predicts this later site from the one above."""
+    max_prompt: flags.MaxPrompt = 1024
+    """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds. Live only."""
     max_new_tokens: Count = 16
-    """Tokens the model writes after each prompt (live)."""
+    """Tokens to generate at most. Live only."""
     prompts: Count = 4
     """Prompts the model works on together."""
     d_sae: Count = 1024
     """Latents."""
-    k: Count = 16
-    """Latents that fire per position: exactly, on average or as a target, whatever the form's rule is."""
+    k: CountOrNone = None
+    """Latents that fire per position. Exactly, on average or as a target, as the form's rule is; without it 16."""
     sparsity: Weight | None = None
     """Weight of the sparsity penalty; without it what suits the form."""
     bias_rate: float | None = None
     """How fast biases and thresholds move, over --lr; without it what suits the form."""
     steps: Count = 600
-    """Optimizer steps."""
+    """Optimizer steps. May be raised when a run goes on: from its last step it follows the schedule of the new length."""
     batch_size: Count = 512
     """Positions per step."""
     lr: float = 2e-3
@@ -70,7 +70,7 @@ class RunConfig:
     dead_after: Count = 50_000
     """Positions without firing after which a latent counts as dead and is offered what the others leave over."""
     sink_times: Times = 10.0
-    """Drop positions whose norm exceeds this many medians (attention sinks); 0 keeps all."""
+    """Leave out positions whose norm exceeds this many medians (attention sinks); 0 keeps all."""
     buffer_rows: Count = 49_152
     """Rows the shuffle buffer holds on the device."""
     steps_per_call: Count = 10
@@ -78,17 +78,20 @@ class RunConfig:
     checkpoint_every: Count = 100
     """Steps between checkpoints; the last two are kept."""
     seed: Seed = 0
-    """Of the first weights and the shuffling."""
+    """Of the run. First weights and shuffling are drawn from it."""
     out: Path = Path("runs/train_sae")
-    """Run directory; a run that was cut off goes on where its last checkpoint stands."""
+    """Directory of what is written. A run that was cut off, or is given higher --steps, goes on from its last checkpoint."""
 
 
 def check(config: RunConfig) -> None:
     """Raises for values that no run can have."""
     bounds.check(config)
     form = form_of(config)
-    if config.k > config.d_sae and ("k" in form.details or form.targets_l0):
-        raise InputError(f"--k: found {config.k}, expected at most the {config.d_sae} latents of --d-sae")
+    uses_k = "k" in form.details or form.targets_l0
+    if uses_k and k_of(config) > config.d_sae:
+        raise InputError(f"--k: found {k_of(config)}, expected at most the {config.d_sae} latents of --d-sae")
+    if config.k is not None and not uses_k:
+        raise InputError(f"--k: found {config.k}, expected none: {config.form} has no k, --sparsity says how many fire")
     if not config.lr > 0 or not math.isfinite(config.lr):
         raise InputError(f"--lr: found {config.lr}, expected a finite number above 0")
     if config.bias_rate is not None and not 0 < config.bias_rate < math.inf:
@@ -102,6 +105,24 @@ def form_of(config: RunConfig) -> type[sae.AbstractDictionary]:
     return sae.FORMS[config.form]
 
 
+def k_of(config: RunConfig) -> int:
+    """The k asked for, or else 16; forms that have none pass it over."""
+    return 16 if config.k is None else config.k
+
+
+RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
+
+
 def settled(config: RunConfig) -> dict[str, Any]:
-    """What a run may not change while it goes on."""
-    return {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    """What a run may not change while it goes on, but for raising what is RAISABLE."""
+    kept = {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    return kept | {"k": k_of(config)}
+
+
+LIVE = ("model", "revision", "dtype", "tasks", "limit", "max_prompt", "max_new_tokens")  # what a store knows better
+
+
+def training_flags(config: RunConfig) -> dict[str, Any]:
+    """What a saved dictionary says of the flags it was trained with: those that its source reads."""
+    unread = ("store",) if config.source == "live" else LIVE
+    return {name: value for name, value in settled(config).items() if name not in unread}

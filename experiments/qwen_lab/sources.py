@@ -48,6 +48,8 @@ class Source(Protocol):
     training: int
     held_out: int
     held_out_tasks: tuple[str, ...]
+    tasks_read: int  # held-out ones included
+    positions: str  # which positions of an item are rows: all, or generated
     largest: int  # rows a group may bring at most
 
     def group(self, number: int) -> Group: ...
@@ -71,7 +73,9 @@ class Live:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.capture = qwen_eqx.Capture(sites=sites, positions="all")
         self.capture.resolve(model.config)  # raises now for a site that cannot be captured
-        first, self.held_out_tasks = split([item.task.id for item in items], held_out)
+        tasks = [item.task.id for item in items]
+        first, self.held_out_tasks = split(tasks, held_out)
+        self.tasks_read, self.positions = len(set(tasks)), "all"
         self.groups = [items[part] for part in _parts(len(items), first, prompts)]
         self.training = len(list(_parts(first, first, prompts)))
         self.held_out = len(self.groups) - self.training
@@ -113,7 +117,9 @@ class Stored:
             raise InputError(f"{store.directory}: found no committed rows, expected some to train on")
         item = self.store.column("item")
         numbers, said = np.unique(item), store.items  # an item whose sidecar names no task is one by itself
-        first, self.held_out_tasks = split([str(said[int(number)].get("task", number)) for number in numbers], held_out)
+        tasks = [str(said[int(number)].get("task", number)) for number in numbers]
+        first, self.held_out_tasks = split(tasks, held_out)
+        self.tasks_read, self.positions = len(set(tasks)), str(store.manifest.config.get("positions", "all"))
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
         self.ranges = [
             (int(np.searchsorted(item, part[0])), int(np.searchsorted(item, part[-1], "right"))) for part in parts
@@ -166,6 +172,14 @@ def held_out_rows(source: Source, sink_times: float) -> Float[Array, "rows sites
         places = np.flatnonzero(np.asarray(wanted(group, sink_times)))
         parts.append(group.rows[jnp.asarray(places)])
     return jnp.concatenate(parts)
+
+
+def rows_of(source: Source, rows: int) -> str:
+    """Which rows the metrics at the end of training are of."""
+    wrote = (
+        "what the model wrote" if source.positions == "generated" else "prompts with what the model wrote after them"
+    )
+    return f"all {rows:,} rows of {len(source.held_out_tasks)} held-out tasks: {wrote}"
 
 
 def batches(rows: int, size: int = 4096) -> Iterator[slice]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 import qwen_eqx
 import sae
+from qwen_lab import stopping
 from qwen_lab.places import Dictionary
 from sae.evaluation import metrics
 
@@ -19,6 +20,7 @@ def recovered(model: qwen_eqx.Qwen, dictionary: Dictionary, documents: Sequence[
     """
     total: dict[str, qwen_eqx.Effect] = {}
     for tokens in documents:
+        stopping.check()
         each = qwen_eqx.effects(model, tokens, _runs(model, dictionary, tokens))
         total = {name: effect + total[name] if total else effect for name, effect in each.items()}
     count = max(int(total["spliced"].predictions), 1)

@@ -70,6 +70,30 @@ class StoreWriter:
         (directory / "shards").mkdir(exist_ok=True)
         return cls(directory, manifest)
 
+    @classmethod
+    def extend(cls, directory: str | Path, manifest: Manifest, *fields: str) -> "StoreWriter":
+        """Resume the store there with more items than it was planned for, and other values of these fields of its config.
+
+        Full shards stay byte for byte. A last one that was not full is taken back and is missing again: the store becomes
+        the one that would stand there had it been planned for all its items from the start.
+        """
+        directory = Path(directory)
+        manifest.check("manifest")
+        path = directory / "manifest.json"
+        there = Manifest.read(path)
+        more = dataclasses.replace(there.plan, items=max(there.plan.items, manifest.plan.items))
+        changed = {name: manifest.config[name] for name in fields}
+        wider = dataclasses.replace(there, plan=more, config=there.config | changed)
+        _check_same(path, wider.to_json(), manifest.to_json())
+        ActivationStore.open(directory)
+        last = there.plan.shards - 1
+        if last >= 0 and there.plan.items_of(last) != more.items_of(last):
+            # before the manifest: whoever is killed between the two leaves a store of the old plan that lacks a shard
+            (directory / "shards" / f"{last:06d}.json").unlink(missing_ok=True)
+            files.fsync_directory(directory / "shards")
+        files.commit(path, files.dump_json(wider.to_json()))
+        return cls(directory, wider)
+
     @property
     def plan(self) -> Plan:
         return self.manifest.plan
