@@ -20,7 +20,7 @@ from rich.table import Table
 import arc
 import qwen_eqx
 from arc.generators import FAMILIES
-from qwen_lab import bounds, cli, exams, figures, files, locks, provenance
+from qwen_lab import bounds, cli, exams, figures, files, flags, locks, provenance, wording
 from qwen_lab.bounds import Count, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.lm_settings import HELD_OUT_FAMILIES
@@ -28,34 +28,34 @@ from qwen_lab.lm_settings import HELD_OUT_FAMILIES
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str = "tiny-arc"
+    model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    encoder: str = "padded(6)"
-    """Grid encoder."""
-    prompt: str = "compact"
-    """Text around the grids."""
-    sides: tuple[int, int] = (3, 6)
+    encoder: str = wording.AUTO
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal)). auto: as trained."""
+    prompt: str = wording.AUTO
+    """Prompt format: a name of arc.PROMPTS. auto: as trained."""
+    sides: flags.Sides = (3, 6)
     """Smallest and largest side of the procedural grids."""
     tasks_per_family: Whole = 20
     """Held-out tasks of each family; 0 for none."""
-    held_out_families: tuple[str, ...] = HELD_OUT_FAMILIES
-    """Families the model was never trained on: measured apart."""
-    tasks: tuple[str, ...] = ()
+    held_out_families: flags.Words = HELD_OUT_FAMILIES
+    """Families that are never trained on, and measured apart."""
+    data: flags.Paths = ()
     """Other sources of tasks, such as arc-agi-1/evaluation."""
-    limit: Count = 400
+    data_limit: Count = 400
     """Tasks of each of these, from the first."""
     votes: Count = 8
-    """Augmented prompts that vote; 1 asks greedily alone."""
+    """Augmented prompts that vote. 1 asks greedily alone."""
     max_new_tokens: Count = 120
-    """Tokens of an answer at most."""
+    """Tokens to generate at most."""
     slots: Count = 32
-    """Prompts that are answered at once."""
+    """Sequences generated together; a slot is refilled when its sequence ends."""
     random: bool = True
     """Measure a model of the same shape with random weights too."""
     out: Path = Path("runs/evaluate_lm")
-    """Directory of metrics.json and families.svg."""
+    """Directory of what is written. It is metrics.json and families.svg."""
 
 
 def main(config: Config) -> None:
@@ -65,6 +65,7 @@ def main(config: Config) -> None:
             raise InputError(f"--held-out-families: found {name!r}, expected some of {', '.join(FAMILIES)}")
     asked = questions(config)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.float32)
+    config = wording.filled(config, tokenizer)
     with locks.claimed(config.out):
         files.expect_files(config.out, "metrics.json", "families.svg")
         provenance.record_run(config.out, config)
@@ -75,11 +76,11 @@ def questions(config: Config) -> list[tuple[str, arc.Task]]:
     """(family or source, task)."""
     made = arc.generators.held_out(config.sides, tuple(FAMILIES), config.tasks_per_family)
     asked = [(task.id.rpartition("-")[0], task) for task in made]
-    for source in config.tasks:
+    for source in config.data:
         known = [task for task in arc.load_tasks(source) if all(pair.output is not None for pair in task.test)]
-        asked += [(source, task) for task in known[: config.limit]]
+        asked += [(source, task) for task in known[: config.data_limit]]
     if not asked:
-        raise InputError("--tasks: found no task with a known answer, expected some, or --tasks-per-family above 0")
+        raise InputError("--data: found no task with a known answer, expected some, or --tasks-per-family above 0")
     return asked
 
 

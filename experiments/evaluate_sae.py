@@ -19,7 +19,21 @@ import numpy as np
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, corpus, evaluation, figures, files, flags, loading, locks, pages, provenance, texts
+from qwen_lab import (
+    bounds,
+    cli,
+    corpus,
+    evaluation,
+    figures,
+    files,
+    flags,
+    loading,
+    locks,
+    pages,
+    provenance,
+    texts,
+    wording,
+)
 from qwen_lab.bounds import Count, CountOrNone, Times
 from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError
@@ -161,7 +175,9 @@ def read_documents(
     """Documents of tasks that none of the SAEs was trained on, where they say so; other text than theirs is said first."""
     held_out = [one.metadata.get("held_out_tasks") for one in dictionaries]
     agree = all(one == held_out[0] for one in held_out)
-    name, tasks = loading.unseen_tasks(dictionaries[0].metadata if agree else {}, config.tasks)
+    metadata = dictionaries[0].metadata if agree else {}
+    config = wording.filled(config, tokenizer, metadata)
+    name, tasks = loading.unseen_tasks(metadata, config.tasks)
     tasks = tasks[: config.limit]
     text = Text(model_name, name, config.encoder, config.prompt, f"sha256:{tokenizer.digest}")
     for line in texts.warnings(text, {one.name: Text.of_metadata(one.metadata) for one in dictionaries}):

@@ -21,7 +21,7 @@ from rich.table import Table
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, completions, files, flags, locks, places, prompts, provenance, rows, stopping
+from qwen_lab import bounds, cli, completions, files, flags, locks, places, prompts, provenance, rows, stopping, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed
 from qwen_lab.errors import InputError
 from qwen_lab.prompts import Item
@@ -29,12 +29,13 @@ from qwen_lab.prompts import Item
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str = "tiny-arc"
+    model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    tasks: str = "arc-agi-1/training"
-    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
+    tasks: str = wording.AUTO
+    """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
+    auto: the procedural tasks that the model was trained for, or arc-agi-1/training."""
     limit: CountOrNone = 6
     """Tasks to take, from the first; None takes all."""
     layers: flags.Blocks = "late"
@@ -49,10 +50,10 @@ class Config:
     """Prompts generated together."""
     items_per_shard: Count = 8
     """Items in one shard file. An item is a test input."""
-    encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
-    prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format: a name of arc.PROMPTS."""
+    encoder: str = wording.AUTO
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal)). auto: as trained."""
+    prompt: str = wording.AUTO
+    """Prompt format: a name of arc.PROMPTS. auto: as trained."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and activations."""
     seed: Seed = 0
@@ -64,6 +65,7 @@ class Config:
 def main(config: Config) -> None:
     bounds.check(config)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    config = wording.filled(config, tokenizer)
     cli.say_what_a_demo_is(config.model)
     layers = [] if config.layers == "none" else places.parse_layers(config.layers, model.config.layers)
     capture = qwen_eqx.Capture(layers=layers, sites=config.sites, positions=config.positions)

@@ -35,6 +35,7 @@ from qwen_lab import (
     rows,
     solve_report,
     stopping,
+    wording,
 )
 from qwen_lab.answering import Answer, How, Question
 from qwen_lab.bounds import Count, CountOrNone, Seed, Whole
@@ -48,12 +49,13 @@ RESCORED_MOST = 8  # candidates of one test input that are scored again, the mos
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str = "tiny-arc"
+    model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    tasks: str = "arc-agi-1/training"
-    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL."""
+    tasks: str = wording.AUTO
+    """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
+    auto: the procedural tasks that the model was trained for, or arc-agi-1/training."""
     solutions: str | None = None
     """Kaggle solutions file, where it does not lie beside the challenges."""
     limit: CountOrNone = 10
@@ -92,10 +94,10 @@ class Config:
     """Every position, or only those whose logits chose a generated token. For --capture."""
     items_per_shard: Count = 8
     """Items in one shard file. An item is a completion. For --capture."""
-    encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
-    prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format: a name of arc.PROMPTS."""
+    encoder: str = wording.AUTO
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal)). auto: as trained."""
+    prompt: str = wording.AUTO
+    """Prompt format: a name of arc.PROMPTS. auto: as trained."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and activations."""
     seed: Seed = 0
@@ -108,10 +110,11 @@ class Config:
 
 def main(config: Config) -> None:
     check(config)
+    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    config = wording.filled(config, tokenizer)
     tasks = list(itertools.islice(arc.iter_tasks(config.tasks, solutions=config.solutions), config.limit))
     if not tasks:
         raise InputError(f"--tasks {config.tasks}: found no tasks, expected at least one")
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
     cli.say_what_a_demo_is(config.model)
     with locks.claimed(config.out):
         run = Run(config, model, tokenizer, tasks)
@@ -132,8 +135,6 @@ def check(config: Config) -> None:
             raise InputError(f"--{name.replace('_', '-')}: found {value}, expected {rule}")
     if config.capture and config.how == "threshold":
         raise InputError("--capture: found --how threshold, expected greedy or sampled: a search keeps none")
-    arc.encode.as_encoder(config.encoder)  # a wrong name raises here, not as a prompt that does not fit
-    arc.prompt.as_format(config.prompt)
 
 
 class Run:

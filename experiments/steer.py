@@ -22,7 +22,7 @@ from rich.text import Text
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, completions, files, flags, loading, locks, prompts, provenance
+from qwen_lab import bounds, cli, completions, files, flags, loading, locks, prompts, provenance, wording
 from qwen_lab.bounds import Count, CountOrNone, Strength, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary
@@ -63,6 +63,7 @@ def main(config: Config) -> None:
     place = dictionary.place
     if not clampable(dictionary) and config.mode == "clamp":
         raise InputError(f"--mode: found clamp for a dictionary of {place}, expected add: it reads other sites too")
+    config = wording.filled(config, tokenizer, loaded.metadata)
     items = make_items(config, loaded.metadata, model.config, tokenizer)
     latent, peak = pick(model, dictionary, items, config.latent)
     value = config.strength * (peak or 1.0)

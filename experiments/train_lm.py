@@ -40,11 +40,7 @@ def train(config: LMConfig) -> None:
     picture = figures.learning_curves(config.out / "loss.svg", run.history)
     cli.console.print(f"learning curve: {picture}", markup=False)
     cli.console.print(f"saved: {config.out / MODEL}", markup=False)
-    cli.console.print(
-        f"next: python experiments/solve_arc.py --model {config.out / MODEL} "
-        f"--encoder '{config.encoder}' --prompt {config.prompt}",
-        markup=False,
-    )
+    cli.console.print(f"next: python experiments/solve_arc.py --model {config.out / MODEL}", markup=False)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["QWEN_LAB_MODEL"] = "tiny-random"  # no test depends on the weights of the model that commands default to
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite must never reach for a model hub
 
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ import qwen_eqx
 from qwen_eqx import InputError
 from qwen_eqx.weights.hub import EMBEDDED
 
-TINY = EMBEDDED / "tiny-arc"
+TINY = EMBEDDED / "tiny-random"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 988097824\n"
 Damage = Callable[[Path], object]
 

@@ -17,7 +17,7 @@ from qwen_lab import cli
 def at_edge(command: str, *flags: str) -> tuple[int, str]:
     """Exit code and stderr of a command."""
     module = importlib.import_module(command)
-    config = getattr(module, "Config", None) or module.RunConfig
+    config = next(getattr(module, name) for name in ("Config", "RunConfig", "LMConfig") if hasattr(module, name))
     with (
         mock.patch.object(sys, "argv", [f"{command}.py", *flags]),
         redirect_stdout(io.StringIO()),

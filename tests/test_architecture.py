@@ -48,8 +48,9 @@ ORDER = {
     },
     "qwen_lab": {
         "": [
-            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "prompts",
-            "completions", "corpus", "places", "texts", "loading", "rows", "splicing", "sources", "evaluation", "figures",
+            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "wording",
+            "prompts", "completions", "corpus", "places", "texts", "loading", "rows", "splicing", "sources",
+            "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "lm_settings", "lm_runs", "exams",
         ],

@@ -84,7 +84,7 @@ def test_a_search_finds_all_that_is_probable(source, tmp_path):
     config = small(source, tmp_path / "out", how="threshold", threshold=0.01, max_new_tokens=1, limit=1)
     main(config)
     lines = lines_of(tmp_path / "out")
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.dtype("float32"))
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.dtype("float32"))
     asking = arc.Asking(config.encoder, config.prompt, tokenizer.render_chat)
     task = arc.load_tasks(source)[0]
     for view in {line["augmentation"] for line in lines}:
@@ -103,7 +103,7 @@ def test_rescoring_sums_what_the_model_gives_each_answer(source, tmp_path, monke
     main(config)
     lines = lines_of(tmp_path / "out")
     assert lines[1]["score"] == lines[2]["score"] != lines[0]["score"]
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.dtype("float32"))
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.dtype("float32"))
     task = arc.load_tasks(source)[0]
     asking = arc.Asking(config.encoder, config.prompt, tokenizer.render_chat)
     total = 0.0
@@ -124,7 +124,7 @@ def test_rescoring_sums_what_the_model_gives_each_answer(source, tmp_path, monke
 
 @pytest.mark.parametrize("name", sorted(arc.ENCODERS))
 def test_an_answer_ends_with_a_stop_and_holds_none_before(name):
-    _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    _, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     encoder = arc.ENCODERS[name]
     stops = answering.closing_sequences(tokenizer, encoder)
     assert bool(stops) == bool(encoder.opening)
@@ -142,7 +142,7 @@ def test_an_answer_ends_with_a_stop_and_holds_none_before(name):
 
 
 def test_a_schedule_draws_by_the_numbers_it_is_given():
-    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.dtype("float32"))
+    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.dtype("float32"))
     options = {"max_new_tokens": 5, "sampler": qwen_eqx.Temperature(1.0), "items": [7, 2**32 - 1, 0]}
     prompts = [[5, 6], [5, 6], [9, 8, 7]]
     apart = qwen_eqx.generate(model, prompts, **options)

@@ -74,7 +74,7 @@ def test_live_equals_replay_and_a_sweep_trains_several(tmp_path: Path):
 
 
 def test_without_a_site_it_reads_all_late_blocks():
-    config = qwen_eqx.from_pretrained("tiny-arc")[0].config
+    config = qwen_eqx.from_pretrained("tiny-random")[0].config
     late = [f"blocks.{layer}.hook_resid_post" for layer in places.parse_layers("late", config.layers)]
     assert places.default_sites(config, sae.Crosscoder).split("+") == late
     assert places.default_sites(config, sae.TopK) == late[0]
@@ -82,7 +82,7 @@ def test_without_a_site_it_reads_all_late_blocks():
 
 def test_what_splicing_it_costs_agrees_with_the_library():
     """All sites are replaced at once by what was made of the clean ones."""
-    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     module = sae.Crosscoder.init(sites=2, d_model=64, d_sae=128, k=8, key=jax.random.key(0))
     tokens = list(range(30, 71))
     acts = qwen_eqx.captured(model, tokens, SITES)

@@ -24,7 +24,7 @@ def tasks(each: int = 4) -> list[tuple[str, arc.Task]]:
 
 @pytest.fixture(scope="module")
 def model():
-    return qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    return qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
 
 
 def test_the_name_procedural_is_the_families_in_turn():
@@ -95,7 +95,7 @@ def test_what_does_not_fit_counts_as_wrong(model):
 
 def test_the_command_writes_means_apart(tmp_path: Path):
     config = evaluate_lm.Config(
-        sides=(3, 4), tasks_per_family=1, votes=2, max_new_tokens=4, random=False, tasks=("arc-agi-1/training",), limit=2,
+        sides=(3, 4), tasks_per_family=1, votes=2, max_new_tokens=4, random=False, data=("arc-agi-1/training",), data_limit=2,
         out=tmp_path,
     )  # fmt: skip
     said = run(evaluate_lm, config)

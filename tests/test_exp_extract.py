@@ -36,7 +36,7 @@ def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
     store.verify()
     assert store.sites == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
     items = [item for shard in store.shards for item in shard.items]
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     wanted = extract.make_items(extract.Config(limit=2, max_new_tokens=4), model.config, tokenizer)
     assert [(item["task"], item["test"]) for item in items] == [(item.task.id, item.test) for item in wanted]
     at = 0

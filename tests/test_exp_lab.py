@@ -25,7 +25,7 @@ from running import ROOT, small
 from strategies import tasks
 
 EXPERIMENTS = ROOT / "experiments"
-MODEL, TOKENIZER = qwen_eqx.from_pretrained("tiny-arc")
+MODEL, TOKENIZER = qwen_eqx.from_pretrained("tiny-random")
 
 
 # ---------------------------------------------------------------- prompts, documents, answers

@@ -23,7 +23,7 @@ from running import run
 from sae.training import checkpoint
 
 SMALL = LMConfig(
-    layers=1, d_model=16, heads=2, kv_heads=1, d_ff=16, steps=8, batch_size=3, steps_per_call=2, sides=(3, 4),
+    blocks=1, d_model=16, heads=2, kv_heads=1, d_ff=16, steps=8, batch_size=3, steps_per_call=2, sides=(3, 4),
     context_length=260, families=("mirror", "gravity", "scale"), held_out_families=("frame",), encoder="padded(4)",
     eval_every=4, eval_tasks=2, checkpoint_every=4, workers=0, warmup=2,
 )  # fmt: skip
@@ -50,7 +50,7 @@ def weights(out: Path) -> bytes:
 def test_a_model_directory_comes_out_with_its_history(trained: Path):
     model, tokenizer = qwen_eqx.from_pretrained(trained / lm_runs.MODEL, dtype=jnp.float32)
     assert (model.config.layers, model.config.d_model) == (1, 16)
-    assert tokenizer.encode("0_\n") == qwen_eqx.from_pretrained("tiny-arc")[1].encode("0_\n")
+    assert tokenizer.encode("0_\n") == qwen_eqx.from_pretrained("tiny-random")[1].encode("0_\n")
     lines = [json.loads(line) for line in (trained / lm_runs.METRICS).read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 4

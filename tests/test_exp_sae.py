@@ -241,7 +241,7 @@ def test_text_is_other_where_both_say_so_or_it_has_no_name(here: dict[str, Any],
     "metadata", [{"dataset_path": "openwebtext"}, {"tasks": 3}, {"tasks": None, "encoder": []}, {}]
 )
 def test_foreign_metadata_are_other_text(metadata: dict[str, Any]):
-    found = texts.Text(model="tiny-arc", tasks="arc-agi-1/evaluation", encoder="minimal")
+    found = texts.Text(model="tiny-random", tasks="arc-agi-1/evaluation", encoder="minimal")
     (line,) = texts.warnings(found, {"theirs": texts.Text.of_metadata(metadata)})
     assert line.endswith("tasks openwebtext" if "dataset_path" in metadata else "text that its metadata do not name")
 
@@ -269,7 +269,7 @@ def test_what_was_read_is_counted(tmp_path: Path):
 def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
     foreign = sae.BatchTopK.init(d_model=144, d_sae=32, k=4, key=jax.random.key(0))  # at a site of another width
     foreign = foreign.with_threshold(jax.random.normal(jax.random.key(1), (64, 144)))
-    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-arc", "hook_name": "blocks.1.mlp.hook_post"})
+    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-random", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
     run(evaluate_sae, dataclasses.replace(config, max_prompt=512, out=tmp_path / "out"))
@@ -348,7 +348,7 @@ def test_every_cell_is_found_in_every_encoding(grid, name: str):
 
 @pytest.mark.parametrize("name", sorted(arc.PROMPTS))
 def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they_are_said_to(name: str):
-    _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    _, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     tasks = list(arc.load_tasks("arc-agi-1/training"))[:3]
     for document in corpus.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", format=name):
         task = next(task for task in tasks if task.id == document.task)
@@ -368,7 +368,7 @@ def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they
 
 def test_what_splicing_costs_agrees_with_the_library():
     """Document by document, with pads and edits, gives what `metrics.recovered` gives for one document."""
-    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     module = sae.TopK.init(d_model=64, d_sae=128, k=8, key=jax.random.key(0))
     tokens, site = list(range(30, 71)), "blocks.1.hook_resid_post"
 

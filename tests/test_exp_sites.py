@@ -118,7 +118,7 @@ def test_a_transcoder_is_saved_as_one_and_evaluated_where_it_writes(transcoder: 
 
 
 def test_what_splicing_a_transcoder_costs_agrees_with_the_library():
-    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     module = sae.TopK.init(d_model=64, d_out=64, d_sae=128, k=8, key=jax.random.key(0))
     (reads, writes), tokens = TRANSCODER.values(), list(range(30, 71))
     x = qwen_eqx.captured(model, tokens, [reads])[reads]
@@ -139,7 +139,7 @@ def test_what_splicing_a_transcoder_costs_agrees_with_the_library():
 
 def test_a_perfect_transcoder_costs_nothing():
     """From the end of one block to the start of the next, z = ReLU(±x) gives x back."""
-    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     both = jnp.concatenate([jnp.eye(64), -jnp.eye(64)])
     module = sae.ReLU(both, jnp.zeros(128), both, jnp.zeros(64), apply_b_dec_to_input=False)
     place = Place(("blocks.1.hook_resid_post",), ("blocks.2.hook_resid_pre",))
@@ -159,7 +159,7 @@ def test_steering_adds_where_a_transcoder_writes_and_refuses_to_clamp(transcoder
 
 def test_the_order_of_sites_is_the_models():
     """A later site never changes an earlier one, which is what splicing a transcoder rests on."""
-    model, _ = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     names = [f"blocks.{layer}.{suffix}" for layer in (1, 2) for suffix, _ in KINDS.values()]
     tokens = jnp.arange(30, 46)
     clean = model.run_with_capture(tokens, names)[1]
@@ -172,7 +172,7 @@ def test_the_order_of_sites_is_the_models():
 
 
 def test_foreign_saes_are_placed_by_flags():
-    config = qwen_eqx.from_pretrained("tiny-arc")[0].config
+    config = qwen_eqx.from_pretrained("tiny-random")[0].config
     module = sae.TopK.init(d_model=64, d_out=144, d_sae=32, k=2, key=jax.random.key(0))
     flags = loading.OnModel(site="blocks.1.hook_resid_mid", target_site="blocks.1.mlp.hook_post")
     assert flags.place(config, module, {}).writes == ("blocks.1.mlp.hook_post",)

@@ -24,7 +24,7 @@ CASES = [  # command, flags, bytes that a file may have, what could not be writt
     ("train_sae", TRAIN, 400, "run.json"),
     ("train_sae", TRAIN, 5000, ""),
     ("transform_dataset", "", 100, ""),
-    ("make_tiny_arc", "", 5000, ""),
+    ("make_tiny_random", "", 5000, ""),
 ]
 
 
@@ -34,7 +34,7 @@ def flags_of(command: str, flags: str, where: Path) -> list[str]:
         pairs = [[[[colour]], [[colour]]] for colour in range(4)]
         (where / "data.jsonl").write_text(json.dumps({"examples": pairs}) + "\n")
         return [*given, "--dataset", str(where / "data.jsonl")]
-    return given if command == "make_tiny_arc" else [*given, "--tasks", str(short_tasks(where))]
+    return given if command == "make_tiny_random" else [*given, "--tasks", str(short_tasks(where))]
 
 
 @pytest.mark.parametrize(("command", "flags", "size", "what"), CASES)
@@ -48,7 +48,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(command: str, flags: str, s
     assert "bytes free (File too large), expected room for" in said
     assert str(tmp_path / "out") in said
     assert not [name for name in entries(tmp_path / "out") if name.endswith(".tmp")]
-    if command != "make_tiny_arc":
+    if command != "make_tiny_random":
         assert at_edge(command, *given)[0] == 0
 
 

@@ -33,8 +33,8 @@ TABLE = [  # command, flags ({file} is a path below)
     ("extract", "--seed", "abc"), ("extract", "--seed", "1e3"), ("extract", "--seed"), ("extract", "--limit", "1.5"),
     ("extract", "--dtype", "int8"), ("extract", "--sed", "3"), ("extract", "stray"), ("extract", "--seed", "x" * 5000),
     ("solve_arc", "--colours", "maybe"), ("solve_arc", "--temperature", "warm"), ("steer", "--strength", ""),
-    ("evaluate_sae", "--k", "all"), ("transform_dataset", "--max-samples", "many"), ("make_tiny_arc", "--layers", "3"),
-    ("make_tiny_arc", "--seed", "-1"), ("make_tiny_arc", "--seed", BIG), ("make_tiny_arc", "--out", "{long}"),
+    ("evaluate_sae", "--k", "all"), ("transform_dataset", "--max-samples", "many"), ("make_tiny_random", "--layers", "3"),
+    ("make_tiny_random", "--seed", "-1"), ("make_tiny_random", "--seed", BIG), ("make_tiny_random", "--out", "{long}"),
 ]  # fmt: skip
 
 

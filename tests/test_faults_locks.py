@@ -28,7 +28,7 @@ FLAGS = {
     "solve_arc": "--limit 1 --max-new-tokens 2 --predictions-per-task 1",
     "train_sae": "--limit 3 --held-out 1 --max-prompt 512 --max-new-tokens 2 --buffer-rows 16384 --steps 2",
     "transform_dataset": "",
-    "make_tiny_arc": "",
+    "make_tiny_random": "",
 }
 
 

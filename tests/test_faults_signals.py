@@ -37,7 +37,7 @@ SMALL = {
     "steer": "--limit 1 --max-new-tokens 30000 --max-prompt 512 --latent 3",
     "evaluate_sae": "--limit 3 --max-prompt 512 --latents 2",
     "transform_dataset": "",
-    "make_tiny_arc": "",
+    "make_tiny_random": "",
 }
 CASES = [
     (command, IMPORTS, number) for command in SMALL for number in CODES if number == "SIGINT" or command == "extract"
@@ -47,7 +47,7 @@ CASES += [
     ("solve_arc", COMPILE, "SIGTERM"), ("solve_arc", SCHEDULE, "SIGINT"), ("solve_arc", WRITE, "SIGINT"),
     ("train_sae", MODEL, "SIGINT"), ("train_sae", TRAINING, "SIGINT"), ("train_sae", TRAINING, "SIGTERM"),
     ("transform_dataset", RECORD, "SIGINT"), ("transform_dataset", WRITE, "SIGTERM"),
-    ("make_tiny_arc", COMPILE, "SIGINT"), ("steer", COMPILE, "SIGTERM"), ("steer", MODEL, "SIGINT"),
+    ("make_tiny_random", COMPILE, "SIGINT"), ("steer", COMPILE, "SIGTERM"), ("steer", MODEL, "SIGINT"),
     ("steer", DECODE, "SIGINT"), ("steer", DECODE, "SIGTERM"), ("evaluate_sae", COMPILE, "SIGTERM"),
     ("evaluate_sae", READING, "SIGINT"), ("evaluate_sae", SPLICING, "SIGINT"), ("evaluate_sae", SPLICING, "SIGTERM"),
     ("evaluate_sae", WRITE, "SIGTERM"),
@@ -60,7 +60,7 @@ def flags_of(command: str, where: Path) -> list[str]:
         flags += ["--tasks", str(short_tasks(where))]
     if command in ("steer", "evaluate_sae"):
         module = sae.TopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
-        sae.save(module, where / "sae", {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post"})
+        sae.save(module, where / "sae", {"model_name": "tiny-random", "hook_name": "blocks.2.hook_resid_post"})
         flags += ["--sae", str(where / "sae")]
     if command == "transform_dataset":
         pairs = [[[[colour]], [[colour]]] for colour in range(4)]

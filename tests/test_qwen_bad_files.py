@@ -27,7 +27,7 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "model", max_shard_bytes=150_000)
     return tmp_path / "model"
 

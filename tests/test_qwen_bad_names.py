@@ -86,13 +86,13 @@ def test_tokenizer(single: Path, damage: Damage, message: str):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny-ark", "found 'tiny-ark', expected an embedded name (tiny-arc), a directory, or a hub id ORG/NAME"),
+        ("tiny-ark", "found 'tiny-ark', expected an embedded name (tiny-random), a directory, or a hub id ORG/NAME"),
         ("", "expected an embedded name"),
         ("/nowhere/at/all", "found '/nowhere/at/all', expected an embedded name"),
         ("./model", "expected an embedded name"),
         ("a/b/c", "expected an embedded name"),
         ("../escape", "expected an embedded name"),
-        ("tiny-arc/../tiny-arc", "expected an embedded name"),
+        ("tiny-random/../tiny-random", "expected an embedded name"),
         ("https://hub/org/name", "expected an embedded name"),
         (Path("org/name"), "expected an embedded name"),
         ("org/na\nme", "expected an embedded name"),
@@ -109,7 +109,7 @@ def test_a_file_is_no_directory():
         qwen_eqx.from_pretrained(TINY / "config.json")
 
 
-@pytest.mark.parametrize("where", ["tiny-arc", TINY])
+@pytest.mark.parametrize("where", ["tiny-random", TINY])
 def test_only_hub_ids_have_revisions(where):
     with pytest.raises(InputError, match="revision: found 'main'"):
         qwen_eqx.from_pretrained(where, revision="main")
@@ -118,11 +118,11 @@ def test_only_hub_ids_have_revisions(where):
 @pytest.mark.parametrize("dtype", ["float64", "int8", "bf17", None, jnp.complex64, object()])
 def test_dtypes(dtype):
     with pytest.raises(InputError, match=r"dtype: found .*, expected one of bfloat16, float16, float32"):
-        qwen_eqx.from_pretrained("tiny-arc", dtype=dtype)
+        qwen_eqx.from_pretrained("tiny-random", dtype=dtype)
 
 
 def test_saving_onto_a_file(tmp_path: Path):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(InputError, match="directory: found a file at"):
         qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "taken")
@@ -145,7 +145,7 @@ PATH_CALLS = {
     "load": qwen_eqx.from_pretrained,
     "load a path": lambda given: qwen_eqx.from_pretrained(Path(given)),
     "tokenizer": qwen_eqx.Tokenizer.from_directory,
-    "save": lambda given: qwen_eqx.save_pretrained(*qwen_eqx.from_pretrained("tiny-arc"), given),
+    "save": lambda given: qwen_eqx.save_pretrained(*qwen_eqx.from_pretrained("tiny-random"), given),
 }
 
 
@@ -159,7 +159,7 @@ def test_what_the_system_takes_for_no_path(call: str, name: str):
 
 
 def test_saving_below_a_file_or_onto_directories(tmp_path: Path):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"directory: found .*Not a directory"):
         qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "file" / "below")
@@ -178,7 +178,7 @@ def test_a_directory_in_a_files_place(single: Path, name: str):
 
 def test_a_disk_that_fills_up(tmp_path: Path):
     """The largest file that the process may write stands for a disk: the kernel refuses in the middle of a write."""
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     for room in (100, 60_000, 200_000):  # in a small file, and at two places in the weights
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -196,5 +196,5 @@ def test_a_disk_that_fills_up(tmp_path: Path):
 def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(qwen_eqx.DiskFull, match=r"found 1,000 bytes free"):
-        qwen_eqx.save_pretrained(*qwen_eqx.from_pretrained("tiny-arc"), tmp_path / "model")
+        qwen_eqx.save_pretrained(*qwen_eqx.from_pretrained("tiny-random"), tmp_path / "model")
     assert list((tmp_path / "model").iterdir()) == []

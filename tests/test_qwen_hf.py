@@ -22,7 +22,7 @@ from qwen_eqx import PRESETS, InputError, Qwen, QwenConfig
 from qwen_eqx.weights.hf import DTYPES, load_model, name_table, save_pretrained, skeleton
 from qwen_eqx.weights.hub import EMBEDDED, embedded_models
 
-TINY = EMBEDDED / "tiny-arc"
+TINY = EMBEDDED / "tiny-random"
 SMALL = QwenConfig("qwen2", 31, 12, 2, 4, 2, 6, 20, 64, tied=False)
 
 
@@ -84,7 +84,7 @@ def test_published_sizes_build_as_skeletons(name: str):
 
 
 def test_what_a_saved_directory_holds(tmp_path: Path):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     qwen_eqx.save_pretrained(model, tokenizer, tmp_path / "new" / "deep")
     saved = tmp_path / "new" / "deep"
     assert sorted(path.name for path in saved.iterdir()) == sorted(path.name for path in TINY.iterdir())
@@ -171,15 +171,15 @@ def test_a_tied_checkpoint_may_repeat_its_embedding(tmp_path: Path):
 
 
 def test_the_embedded_model():
-    assert embedded_models() == ["tiny-arc"]
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    assert embedded_models() == ["tiny-random"]
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     assert model.dtype == jnp.bfloat16
     assert model.config.vocab == tokenizer.vocab_size == 512
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 500_000
 
 
 def test_the_embedded_model_is_made_bit_for_bit(tmp_path: Path):
-    spec = importlib.util.find_spec("make_tiny_arc")
+    spec = importlib.util.find_spec("make_tiny_random")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -192,8 +192,8 @@ def test_the_embedded_model_is_made_bit_for_bit(tmp_path: Path):
 def test_a_name_is_embedded_before_it_is_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY, tmp_path / "mine")
-    (tmp_path / "tiny-arc").mkdir()  # empty: opening it would fail
-    assert_same(qwen_eqx.from_pretrained("tiny-arc")[0], load_model(TINY))
+    (tmp_path / "tiny-random").mkdir()  # empty: opening it would fail
+    assert_same(qwen_eqx.from_pretrained("tiny-random")[0], load_model(TINY))
     assert_same(qwen_eqx.from_pretrained("mine")[0], load_model(TINY))
     assert_same(qwen_eqx.from_pretrained(tmp_path / "mine")[0], load_model(TINY))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -233,7 +233,7 @@ def test_a_cached_hub_model_opens_without_a_network(hub_cache: Path):
 def test_nothing_cached_and_no_network(hub_cache: Path):
     with pytest.raises(InputError) as caught:
         qwen_eqx.from_pretrained("somebody/a-model", revision="v1")
-    for part in ("somebody/a-model", "v1", str(hub_cache), "hf download somebody/a-model --revision v1", "tiny-arc"):
+    for part in ("somebody/a-model", "v1", str(hub_cache), "hf download somebody/a-model --revision v1", "tiny-random"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -248,7 +248,7 @@ def test_a_partial_snapshot_is_no_success(hub_cache: Path, missing: str):
 
 
 def test_a_snapshot_lacks_a_shard(hub_cache: Path, tmp_path: Path):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     save_pretrained(model, tokenizer, tmp_path / "sharded", max_shard_bytes=100_000)
     shard = sorted((tmp_path / "sharded").glob("model-*"))[1].name
     put_in_cache(hub_cache, tmp_path / "sharded", without=(shard,))
@@ -265,7 +265,7 @@ def test_a_model_with_a_changed_array_is_not_saved(tmp_path: Path):
 
 
 def test_a_tokenizer_larger_than_the_model_is_not_saved(tmp_path: Path):
-    _, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
+    _, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     with pytest.raises(InputError, match="tokenizer: found id 511, expected ids below vocab=31"):
         save_pretrained(random_model(SMALL), tokenizer, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 GOLDEN = Path(__file__).parent / "golden"
-TINY = EMBEDDED / "tiny-arc"
+TINY = EMBEDDED / "tiny-random"
 LENGTHS = (1, 2, 3, 17, 29)
 
 
@@ -98,7 +98,7 @@ def test_a_directory_saved_here_opens_there(tmp_path_factory, config: qwen_eqx.Q
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_embedded_model_saved_in_any_dtype(dtype: str, tmp_path: Path):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=dtype)
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=dtype)
     qwen_eqx.save_pretrained(model, tokenizer, tmp_path)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "### Input 123"}], add_generation_prompt=True)
     wide = load_model(tmp_path, dtype=jnp.float32)
@@ -112,7 +112,7 @@ def test_transformers_saves_it_back_for_us(tmp_path: Path):
     """There and back again: what transformers writes after opening ours is ours."""
     theirs(TINY, "bfloat16").save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path)
-    (ours, tokenizer), (back, opened) = (qwen_eqx.from_pretrained(name) for name in ("tiny-arc", tmp_path))
+    (ours, tokenizer), (back, opened) = (qwen_eqx.from_pretrained(name) for name in ("tiny-random", tmp_path))
     assert back.config == ours.config
     for found, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(ours), strict=True):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
@@ -123,7 +123,7 @@ def test_transformers_saves_it_back_for_us(tmp_path: Path):
 
 
 def test_greedy_tokens_of_the_embedded_model():
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     reference = theirs(TINY)
     texts = ["### Input\n\n```grid shape: 2x2\n1 00\n2 00\n```", "Hello", "You will be given a task. " * 8]
     rows = [tokenizer.encode(text) for text in texts]
@@ -232,7 +232,7 @@ def test_a_directory_of_qwens_own_tokenizer(tmp_path: Path):
 
 @pytest.mark.parametrize("beams", [2, 4])
 def test_beam_search_finds_the_same_sequences(beams: int):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc", dtype=jnp.float32)
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
     ids, stops = tokenizer.encode("### Input\n\n```grid\n1 230\n2 405\n```"), list(range(100, 140))
     found = qwen_eqx.beam_search(model, ids, beams=beams, max_new_tokens=12, stop_tokens=stops)
     out = theirs(TINY).generate(

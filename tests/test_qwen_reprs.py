@@ -20,7 +20,7 @@ SHOWN = {
     ),
     "a tree of booleans": (lambda: jax.tree.map(lambda _: True, tiny.model()), ["qwen2", "no arrays"]),
     "tokenizer": (
-        lambda: Tokenizer.from_directory(EMBEDDED / "tiny-arc"), ["512 tokens", "with chat template", "tiny-arc"]
+        lambda: Tokenizer.from_directory(EMBEDDED / "tiny-random"), ["512 tokens", "with chat template", "tiny-random"]
     ),
     "generation": (running.greedy, ["tokens=int32[4, 6]", "log_probs=float32[4, 6]", "activations=float32[10, 4, 6, 16]"]),
     "generation without capture": (lambda: running.generate([[1]], capture=None), ["activations=None"]),

@@ -20,8 +20,11 @@ from qwen_eqx.text.ids import bucket, check_ids, pad_left, pad_right
 from qwen_eqx.weights.hub import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
-DIRECTORIES = {"tiny-arc": EMBEDDED / "tiny-arc", "qwen2.5": ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer"}
-VOCAB = {"tiny-arc": 512, "qwen2.5": 151936}
+DIRECTORIES = {
+    "tiny-random": EMBEDDED / "tiny-random",
+    "qwen2.5": ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer",
+}
+VOCAB = {"tiny-random": 512, "qwen2.5": 151936}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "tokens.json").read_text())
 
@@ -33,7 +36,7 @@ def load(name: str) -> Tokenizer:
     return Tokenizer.from_directory(DIRECTORIES[name], vocab_size=VOCAB[name])
 
 
-@pytest.fixture(params=["tiny-arc", "qwen2.5"])
+@pytest.fixture(params=["tiny-random", "qwen2.5"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -56,13 +59,13 @@ def test_chats_render_as_transformers_renders_them(name: str):
 
 @given(text=TEXT)
 def test_decode_gives_back_the_normalized_text(text: str):
-    tokenizer = load("tiny-arc")
+    tokenizer = load("tiny-random")
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @given(data=st.binary(max_size=40))
 def test_every_byte_has_a_token(data: bytes):
-    tokenizer = load("tiny-arc")
+    tokenizer = load("tiny-random")
     alphabet = _byte_alphabet()
     ids = [tokenizer.token_to_id(alphabet[byte]) for byte in data]
     assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
@@ -70,8 +73,8 @@ def test_every_byte_has_a_token(data: bytes):
 
 @given(text=TEXT)
 def test_offsets_cover_the_text_in_order(text: str):
-    ids, spans = load("tiny-arc").encode_with_offsets(text)
-    assert ids == load("tiny-arc").encode(text)
+    ids, spans = load("tiny-random").encode_with_offsets(text)
+    assert ids == load("tiny-random").encode(text)
     assert len(spans) == len(ids)
     assert spans == sorted(spans)
     assert {at for start, end in spans for at in range(start, end)} == set(range(len(text)))
@@ -79,14 +82,14 @@ def test_offsets_cover_the_text_in_order(text: str):
 
 @given(text=st.text(st.characters(max_codepoint=127)))
 def test_offsets_are_what_the_tokens_say(text: str):
-    for token, (start, end) in zip(*load("tiny-arc").encode_with_offsets(text), strict=True):
-        assert load("tiny-arc").decode([token]) == text[start:end]
+    for token, (start, end) in zip(*load("tiny-random").encode_with_offsets(text), strict=True):
+        assert load("tiny-random").decode([token]) == text[start:end]
 
 
 def test_offsets_count_characters_and_not_bytes():
-    ids, spans = load("tiny-arc").encode_with_offsets("é🙂0")
+    ids, spans = load("tiny-random").encode_with_offsets("é🙂0")
     assert spans[-1] == (2, 3)
-    assert load("tiny-arc").decode([ids[-1]]) == "0"
+    assert load("tiny-random").decode([ids[-1]]) == "0"
 
 
 ENCODE = inspect.unwrap(Tokenizer.encode)  # as a user meets it, without the suite's type checks
@@ -105,7 +108,7 @@ CALLS = {
 def test_a_wrong_call_says_the_right_one(case: str):
     call, parts = CALLS[case]
     with pytest.raises(InputError) as caught:
-        call(load("tiny-arc"))
+        call(load("tiny-random"))
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
@@ -120,7 +123,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 @given(digits=st.text("0123456789", min_size=1, max_size=30))
 def test_every_digit_is_one_token(digits: str):
-    tokenizer = load("tiny-arc")
+    tokenizer = load("tiny-random")
     assert [tokenizer.id_to_token(token) for token in tokenizer.encode(digits)] == list(digits)
 
 
@@ -135,18 +138,18 @@ def test_what_the_files_say(name: str):
 
 
 def test_generation_config_adds_stop_tokens():
-    assert load("tiny-arc").eos_ids == (511, 509)
+    assert load("tiny-random").eos_ids == (511, 509)
 
 
 def test_ids_may_come_as_arrays():
-    tokenizer = load("tiny-arc")
+    tokenizer = load("tiny-random")
     ids = tokenizer.encode("as arrays")
     for given_ids in (np.array(ids), jnp.array(ids), list(jnp.array(ids)), tuple(ids), iter(ids)):
         assert tokenizer.decode(given_ids) == "as arrays"
 
 
 def test_an_id_only_the_model_has_decodes_to_nothing():
-    tokenizer = Tokenizer.from_directory(DIRECTORIES["tiny-arc"], vocab_size=600)
+    tokenizer = Tokenizer.from_directory(DIRECTORIES["tiny-random"], vocab_size=600)
     assert tokenizer.decode([*tokenizer.encode("a"), 599, *tokenizer.encode("b")]) == "ab"
 
 
@@ -165,19 +168,19 @@ def test_an_id_only_the_model_has_decodes_to_nothing():
 )
 def test_no_ids(ids, message: str):
     with pytest.raises(InputError, match=message):
-        load("tiny-arc").decode(ids)
+        load("tiny-random").decode(ids)
     with pytest.raises(InputError, match=message):
         check_ids(ids, 512)
 
 
 def test_a_lone_surrogate_is_no_text():
     with pytest.raises(InputError, match=r"text: found the lone surrogate '\\ud800' at 5"):
-        load("tiny-arc").encode("lone \ud800 surrogate")
+        load("tiny-random").encode("lone \ud800 surrogate")
 
 
 def test_unknown_token():
     with pytest.raises(InputError, match=r"'<\|nothing\|>': found no such token"):
-        load("tiny-arc").token_to_id("<|nothing|>")
+        load("tiny-random").token_to_id("<|nothing|>")
 
 
 def toy(directory: Path, backend: tokenizers.Tokenizer, **settings) -> Path:
@@ -195,15 +198,15 @@ def test_a_character_no_token_covers_is_refused_not_dropped(tmp_path: Path):
 
 
 def test_truncation_left_in_the_file_cuts_nothing(tmp_path: Path):
-    backend = tokenizers.Tokenizer.from_file(str(DIRECTORIES["tiny-arc"] / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(DIRECTORIES["tiny-random"] / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
     text = "one two three four five"
-    assert Tokenizer.from_directory(toy(tmp_path, backend)).encode(text) == load("tiny-arc").encode(text)
+    assert Tokenizer.from_directory(toy(tmp_path, backend)).encode(text) == load("tiny-random").encode(text)
 
 
 def test_a_base_model_has_no_chat(tmp_path: Path):
-    backend = tokenizers.Tokenizer.from_file(str(DIRECTORIES["tiny-arc"] / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(DIRECTORIES["tiny-random"] / "tokenizer.json"))
     tokenizer = Tokenizer.from_directory(toy(tmp_path, backend))
     assert tokenizer.pad_id == 0
     assert tokenizer.eos_id is None
@@ -213,7 +216,7 @@ def test_a_base_model_has_no_chat(tmp_path: Path):
 
 def test_where_a_template_may_stand(tmp_path: Path):
     for file in ("tokenizer.json", "generation_config.json"):
-        shutil.copy(DIRECTORIES["tiny-arc"] / file, tmp_path / file)
+        shutil.copy(DIRECTORIES["tiny-random"] / file, tmp_path / file)
     settings = tmp_path / "tokenizer_config.json"
     hello = [{"role": "user", "content": "x"}]
     settings.write_text(json.dumps({"chat_template": "one"}))
@@ -228,10 +231,10 @@ def test_where_a_template_may_stand(tmp_path: Path):
 
 
 def test_digest_follows_the_files(tmp_path: Path):
-    shutil.copytree(DIRECTORIES["tiny-arc"], tmp_path / "copy")
-    assert Tokenizer.from_directory(tmp_path / "copy").digest == load("tiny-arc").digest
+    shutil.copytree(DIRECTORIES["tiny-random"], tmp_path / "copy")
+    assert Tokenizer.from_directory(tmp_path / "copy").digest == load("tiny-random").digest
     (tmp_path / "copy" / "chat_template.jinja").write_text("other")
-    assert Tokenizer.from_directory(tmp_path / "copy").digest != load("tiny-arc").digest
+    assert Tokenizer.from_directory(tmp_path / "copy").digest != load("tiny-random").digest
 
 
 def render(template: str, messages=({"role": "user", "content": "<é>"},)) -> str:
@@ -378,7 +381,7 @@ def test_a_meter_counts_one_rendering_not_their_sum():
 )
 def test_no_conversation(messages):
     with pytest.raises(InputError, match=r"^messages"):
-        load("tiny-arc").apply_chat_template(messages)
+        load("tiny-random").apply_chat_template(messages)
 
 
 @given(length=st.integers(0, 100_000))

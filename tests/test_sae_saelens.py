@@ -21,7 +21,7 @@ import tolerances
 ONE_SITE = [name for name, form in sae.FORMS.items() if not form.several_sites]  # the others: test_sae_crosscoder
 
 FIXTURES = Path(__file__).parent / "fixtures" / "sae" / "saelens"
-METADATA = {"model_name": "tiny-arc", "hook_name": "blocks.2.hook_resid_post", "run": {"lr": 0.1, "tasks": ["a"]}}
+METADATA = {"model_name": "tiny-random", "hook_name": "blocks.2.hook_resid_post", "run": {"lr": 0.1, "tasks": ["a"]}}
 
 
 def trained(form: str, d_out: int | None = None, seed: int = 0) -> sae.AbstractSAE:

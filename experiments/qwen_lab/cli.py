@@ -18,6 +18,10 @@ from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
 
+DEMOS = {
+    "tiny-arc": "is a small model trained on made-up puzzles with grids of 3 to 6 a side; of others it solves next to none.",
+    "tiny-random": "has random weights: it shows that everything runs, its answers mean nothing.",
+}
 console = Console(highlight=False, soft_wrap=True)
 ConfigT = TypeVar("ConfigT")
 ItemT = TypeVar("ItemT")
@@ -54,11 +58,10 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
 
 
 def say_what_a_demo_is(model: str) -> None:
-    """Says of the embedded model, and of no other, that its answers mean little."""
-    if model == "tiny-arc":
+    """Says of the embedded models, and of no other, what may be expected of them."""
+    if model in DEMOS:
         console.print(
-            "tiny-arc is a demonstration model: it shows that everything runs, its answers mean little.\n"
-            "--model Qwen/Qwen2.5-0.5B-Instruct (any hub id or directory) loads a real one.\n"
+            f"{model} {DEMOS[model]}\n--model Qwen/Qwen2.5-0.5B-Instruct (any hub id or directory) loads another one.\n"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from arc.grid import MAX_SIDE
 from qwen_lab.bounds import CountOrNone
 from qwen_lab.errors import InputError
 
@@ -87,8 +88,18 @@ def axes(given: list[str]) -> tuple[str, ...]:
     return tuple(joined)
 
 
+def sides(given: list[str]) -> tuple[int, int]:
+    """The smallest and the largest."""
+    numbers = [int(word) for word in words(given) if word.isascii() and word.isdigit()]
+    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= MAX_SIDE:
+        raise ValueError(f"{' '.join(given)}, expected two numbers from 1 to {MAX_SIDE}, the smaller one first")
+    return numbers[0], numbers[1]
+
+
 Blocks = Annotated[str, _spec(lambda given: ",".join(words(given)), lambda value: [value], str)]
 Sites = Annotated[tuple[str, ...], _spec(words, list, tuple)]
+Words = Sites
+Sides = Annotated[tuple[int, int], _spec(sides, lambda value: [f"{value[0]},{value[1]}"], tuple)]
 Paths = Annotated[tuple[str, ...], _spec(paths, list, tuple)]
 Axes = Annotated[tuple[str, ...], _spec(axes, list, tuple)]
 MaxPrompt = Annotated[CountOrNone, tyro.conf.arg(aliases=["--max-prompt-tokens", "--max-tokens"])]

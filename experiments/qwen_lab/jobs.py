@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import locks, places, prompts, sources, sweeps
+from qwen_lab import locks, places, prompts, sources, sweeps, wording
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
@@ -63,8 +63,10 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
     )
     default = places.default_sites(model.config, form_of(config))
     members = sweeps.make_members(config, combined, places.in_model(model.config), default)
-    tasks = list(arc.load_tasks(config.tasks))[: config.limit]
-    asking = prompts.asking(tokenizer, budget=min(config.max_prompt or model.config.max_seq, model.config.max_seq))
+    asked = wording.filled(config, tokenizer)
+    tasks = list(arc.load_tasks(asked.tasks))[: config.limit]
+    longest = min(config.max_prompt or model.config.max_seq, model.config.max_seq)
+    asking = prompts.asking(tokenizer, budget=longest, encoder=asked.encoder, format=asked.prompt)
     source = sources.Live(
         model,
         tokenizer,
@@ -74,7 +76,7 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
         prompts=config.prompts,
         max_new_tokens=config.max_new_tokens,
     )
-    text = Text(config.model, config.tasks, arc.DEFAULT_ENCODER, arc.DEFAULT_PROMPT, f"sha256:{tokenizer.digest}")
+    text = Text(config.model, asked.tasks, asked.encoder, asked.prompt, f"sha256:{tokenizer.digest}")
     return Job(source, members, _facts(text, config.revision, source))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import arc
 import qwen_eqx
 from qwen_eqx import training
-from qwen_lab import exactness, files, lessons, provenance, stopping
+from qwen_lab import exactness, files, lessons, provenance, stopping, wording
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.lm_settings import LMConfig, check, course, settled, start, train_config
 from sae.training import checkpoint
@@ -92,7 +92,9 @@ class LMRun:
         """Saves the model as a directory that transformers opens; returns the last measurement."""
         model = training.merge(self.state.model)
         model = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model)
-        qwen_eqx.save_pretrained(model, self.tokenizer, self.config.out / MODEL)
+        low, high = self.config.sides
+        said = {"encoder": self.config.encoder, "prompt": self.config.prompt, "tasks": f"procedural/{low}-{high}"}
+        qwen_eqx.save_pretrained(model, wording.saying(self.tokenizer, **said), self.config.out / MODEL)
         return next((line for line in reversed(self.history) if "families" in line), {})
 
     def _due(self, every: int, taken: int) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import qwen_eqx
 from qwen_eqx import training
 from qwen_eqx.weights import hub
-from qwen_lab import bounds, files, lessons
+from qwen_lab import bounds, files, flags, lessons
 from qwen_lab.bounds import Count, Seed, Weight, Whole
 from qwen_lab.errors import InputError
 
@@ -23,10 +23,10 @@ class LMConfig:
 
     init: str | None = None
     """Model to go on from: embedded name, directory or hub id; without it random weights of the shape below."""
-    tokenizer: str = "tiny-arc"
-    """Of a model with random weights: embedded name, directory or hub id."""
-    layers: Count = 6
-    """Blocks."""
+    tokenizer: str = "tiny-random"
+    """Where the tokenizer of a model with random weights lies: embedded name, directory or hub id."""
+    blocks: Count = 6
+    """Blocks of the decoder."""
     d_model: Count = 128
     """Width of the residual stream."""
     heads: Count = 4
@@ -37,16 +37,16 @@ class LMConfig:
     """Neurons of each block."""
     lora_rank: Whole = 0
     """Train LoRA of this rank beside the frozen matrices, merged on saving; 0 trains everything."""
-    families: tuple[str, ...] = ()
+    families: flags.Words = ()
     """Families of procedural tasks; without it all but the held-out ones."""
-    held_out_families: tuple[str, ...] = HELD_OUT_FAMILIES
-    """Never trained on."""
-    sides: tuple[int, int] = (3, 6)
-    """Smallest and largest side of the grids."""
+    held_out_families: flags.Words = HELD_OUT_FAMILIES
+    """Families that are never trained on, and measured apart."""
+    sides: flags.Sides = (3, 6)
+    """Smallest and largest side of the procedural grids."""
     encoder: str = "padded(6)"
-    """Grid encoder."""
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
     prompt: str = "compact"
-    """Text around the grids."""
+    """Prompt format: a name of arc.PROMPTS."""
     turned: float = 0.5
     """Share of the tasks that are turned or mirrored."""
     learn: Literal["answer", "outputs", "all"] = "outputs"
@@ -60,7 +60,7 @@ class LMConfig:
     accumulate: Count = 1
     """Gradients summed for one step."""
     lr: float = 2e-3
-    """Learning rate; it warms up, and falls to a tenth along a cosine."""
+    """Learning rate. It warms up, and falls to a tenth along a cosine."""
     warmup: Whole = 100
     """Steps of the warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -68,11 +68,11 @@ class LMConfig:
     weight_decay: Weight = 0.01
     """Of matrices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; weights are float32."""
+    """Of weights, cache and activations. Of the computation: master weights are float32."""
     remat: bool = False
     """Compute the inside of blocks again for the gradient: less memory, a third more time."""
     steps_per_call: Count = 10
-    """Steps per compiled call."""
+    """Steps per compiled call; checkpoints and the progress bar move by as many."""
     checkpoint_every: Count = 200
     """Steps between checkpoints; the last two are kept."""
     eval_every: Count = 200
@@ -82,9 +82,9 @@ class LMConfig:
     workers: Whole = 1
     """Processes that make tasks beside; 0 makes them in this one."""
     seed: Seed = 0
-    """Of the first weights and the order of the tasks."""
+    """Of the run. The first weights and the order of the tasks come from it."""
     out: Path = Path("runs/train_lm")
-    """Run directory; a run that was cut off goes on where its last checkpoint stands."""
+    """Directory of what is written. A run that was cut off goes on where its last checkpoint stands."""
 
 
 FREE = ("out", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers")  # change no result
@@ -154,7 +154,7 @@ def shape(config: LMConfig, tokenizer: qwen_eqx.Tokenizer) -> qwen_eqx.QwenConfi
         model_type="qwen3",
         vocab=tokenizer.largest_id + 1,
         d_model=config.d_model,
-        layers=config.layers,
+        layers=config.blocks,
         heads=config.heads,
         kv_heads=config.kv_heads,
         d_head=config.d_model // config.heads,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import places
+from qwen_lab import places, wording
 from qwen_lab.bounds import Whole
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
@@ -35,16 +35,17 @@ class OnModel:
     target_site: str | None = None
     """Site that a transcoder writes. Without it the one that it names."""
     tasks: str | None = None
-    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL.
+    """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
     Without it the SAE's own held-out tasks, or the evaluation set of ARC-AGI-1."""
-    encoder: str = arc.DEFAULT_ENCODER
-    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal))."""
-    prompt: str = arc.DEFAULT_PROMPT
-    """Prompt format: a name of arc.PROMPTS."""
+    encoder: str = wording.AUTO
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal)).
+    auto: as the SAE or the model was trained."""
+    prompt: str = wording.AUTO
+    """Prompt format: a name of arc.PROMPTS. auto: as the SAE or the model was trained."""
 
     def load_model(self, metadata: Sequence[Mapping[str, Any]]) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer, str]:
         """The model asked for, or the one that all of these SAEs name; and its name."""
-        names = {str(one.get("model_name", "tiny-arc")) for one in metadata}
+        names = {str(one.get("model_name", wording.MODEL)) for one in metadata}
         if self.model is None and len(names) != 1:
             raise InputError(f"--sae: found SAEs of {', '.join(sorted(names))}, expected one model's, or --model")
         name = self.model or names.pop()

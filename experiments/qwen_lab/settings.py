@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae
-from qwen_lab import bounds, files, flags
+from qwen_lab import bounds, files, flags, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
 from qwen_lab.errors import InputError
 
@@ -27,14 +27,15 @@ class RunConfig:
     """Of the dictionary."""
     sweep: flags.Axes = ()
     """Axes such as k=8,16,32 or layer=1,2,3 (also lr, seed, sparsity, site); all combinations train at once on one pass."""
-    model: str = "tiny-arc"
+    model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id. Live only."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and activations. Live only."""
-    tasks: str = "arc-agi-1/training"
-    """Data set (arc-agi-1|2/training|evaluation), directory of {id}.json, Kaggle challenges file, or JSONL. Live only."""
+    tasks: str = wording.AUTO
+    """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
+    auto: the procedural tasks that the model was trained for, or arc-agi-1/training. Live only."""
     limit: CountOrNone = 120
     """Tasks to take, from the first; None takes all. Held-out ones are among them. Live only."""
     held_out: Count = 20
@@ -49,6 +50,11 @@ class RunConfig:
     """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds. Live only."""
     max_new_tokens: Count = 16
     """Tokens to generate at most. Live only."""
+    encoder: str = wording.AUTO
+    """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal)). auto: as trained.
+    Live only."""
+    prompt: str = wording.AUTO
+    """Prompt format: a name of arc.PROMPTS. auto: as trained. Live only."""
     prompts: Count = 4
     """Prompts the model works on together."""
     d_sae: Count = 1024
@@ -64,7 +70,7 @@ class RunConfig:
     batch_size: Count = 512
     """Positions per step."""
     lr: float = 2e-3
-    """Adam's learning rate; it warms up over a twentieth of the steps and falls to 0 over the last fifth."""
+    """Learning rate. Adam's warms up over a twentieth of the steps and falls to 0 over the last fifth."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the operands of the dense products; sums are float32."""
     dead_after: Count = 50_000
@@ -119,7 +125,17 @@ def settled(config: RunConfig) -> dict[str, Any]:
     return kept | {"k": k_of(config)}
 
 
-LIVE = ("model", "revision", "dtype", "tasks", "limit", "max_prompt", "max_new_tokens")  # what a store knows better
+LIVE = (
+    "model",
+    "revision",
+    "dtype",
+    "tasks",
+    "limit",
+    "encoder",
+    "prompt",
+    "max_prompt",
+    "max_new_tokens",
+)  # what a store knows better
 
 
 def training_flags(config: RunConfig) -> dict[str, Any]:

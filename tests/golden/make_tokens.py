@@ -12,7 +12,7 @@ import transformers
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 DIRECTORIES = {
-    "tiny-arc": ROOT / "qwen_eqx" / "pretrained" / "tiny-arc",
+    "tiny-random": ROOT / "qwen_eqx" / "pretrained" / "tiny-random",
     "qwen2.5": ROOT.parent / "shared" / "data" / "qwen2.5-tokenizer",
 }
 TEXTS = [

@@ -1,6 +1,6 @@
-"""Make the embedded model `tiny-arc`: a byte-complete tokenizer trained on ARC prompts, and seeded random weights.
+"""Make the embedded model `tiny-random`: a byte-complete tokenizer trained on ARC prompts, and seeded random weights.
 
-Without flags it rewrites qwen_eqx/pretrained/tiny-arc bit for bit; `--out DIR --seed 7` makes another one elsewhere.
+Without flags it rewrites qwen_eqx/pretrained/tiny-random bit for bit; `--out DIR --seed 7` makes another one elsewhere.
 """
 
 if __name__ == "__main__":
@@ -27,7 +27,7 @@ from qwen_lab import cli, locks
 from qwen_lab.bounds import Seed
 from qwen_lab.errors import InputError
 
-EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-arc"
+EMBEDDED = Path(qwen_eqx.__file__).parent / "pretrained" / "tiny-random"
 VOCAB = 512
 ENCODERS_READ = {DEFAULT_ENCODER: 16, "shape(minimal)": 4, "json": 2, "words": 1}  # prompts of each per prompt format
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
