@@ -17,7 +17,8 @@ ORDER = {
         "text": ["chat", "ids", "tokenizer"],
         "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "room", "rows", "qwen", "effect"],
         "generation": [
-            "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
+            "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "scheduler", "score",
+            "search",
         ],
         "weights": ["hub", "hf"],
     },
