@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # folder the files above them in it. A folder's own `__init__` stands behind its files, the package's is last.
 ORDER = {
     "qwen_eqx": {
-        "": ["errors", "files"],
+        "": ["errors", "files", "shown"],
         "text": ["chat", "ids", "tokenizer"],
         "model": ["config", "sites", "layers", "rope", "cache", "attention", "edits", "room", "rows", "qwen", "effect"],
         "generation": [
@@ -30,7 +30,7 @@ ORDER = {
         ],
     },
     "sae": {
-        "": ["errors", "files"],
+        "": ["errors", "files", "shown"],
         "codes": ["select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from qwen_eqx import shown
 from qwen_eqx.errors import InputError
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.engine import Generator
@@ -31,12 +32,7 @@ class Generation(eqx.Module):
     prompt_activations: Float[Array, "sites prompts prompt d_model"] | None  # right-aligned; 0 at pads
 
     def __repr__(self) -> str:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        shown = [
-            f"{name}={value.dtype}{list(value.shape)}" if hasattr(value, "shape") else f"{name}={value}"
-            for name, value in fields.items()
-        ]
-        return f"Generation({', '.join(shown)})"
+        return shown.by_field(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae import files
+from sae import files, shown
 from sae.errors import InputError
 
 FORMAT_VERSION = 1
@@ -44,6 +44,10 @@ class Manifest:
     plan: Plan
     config: dict[str, Any]  # the resolved run config
     versions: dict[str, str]  # package -> version
+
+    def __repr__(self) -> str:
+        sites = shown.listed(self.sites)
+        return f"Manifest({self.model_id!r:.80} at {sites}; {self.dtype}, d_model={self.d_model}, {self.plan})"
 
     def to_json(self) -> dict[str, Any]:
         fields = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Int
 
-from sae import files
+from sae import files, shown
 from sae.data.plan import Manifest, Plan
 from sae.data.rows import Rows
 from sae.errors import InputError
@@ -37,6 +37,9 @@ class Shard:
     bytes: int
     digest: str
     items: tuple[dict[str, Any], ...]
+
+    def __repr__(self) -> str:
+        return f"Shard({self.index}: {self.rows:,} rows of {len(self.items)} items, {self.bytes:,} bytes, {self.path})"
 
     def columns(self) -> Rows:
         """The shard's tensors, mapped, not read: an index touches only the pages it needs."""
@@ -125,7 +128,7 @@ class ActivationStore:
     sites: tuple[str, ...]  # what `activations` holds along its sites axis: the manifest's, or those selected
 
     def __repr__(self) -> str:
-        sites = ", ".join(self.sites)
+        sites = shown.listed(self.sites)
         return f"ActivationStore({self.directory}: {len(self):,} rows at {sites}, {len(self.shards)} shards)"
 
     @classmethod

@@ -6,10 +6,13 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int32
 
+from sae import shown
 from sae.errors import InputError
 from sae.forms.abstract import AbstractDictionary
 from sae.forms.ksparse import AbstractKSparse
@@ -31,6 +34,14 @@ class TrainState(eqx.Module):
     scale_out: Float32[Array, "..."]  # of what is written
     mean_out: Float32[Array, "..."]
     bad_step: Int32[Array, "*members"]  # the first step whose loss was not finite, −1 if none; from it on nothing moves
+
+    def __repr__(self) -> str:
+        step = shown.short(self.step)
+        if isinstance(self.step, jax.Array) and not isinstance(self.step, Tracer):
+            gone = self.step.is_deleted()  # `run` donates its state
+            taken = [] if gone else sorted({*np.ravel(self.step).tolist()})
+            step = "donated" if gone else " to ".join(str(number) for number in {taken[0]: 0, taken[-1]: 0})
+        return f"TrainState({self.module}, step {step}{'' if self.average is None else ', averaged'})"
 
 
 class StepMetrics(NamedTuple):
