@@ -58,11 +58,16 @@ class Manifest:
         found = files.read_json(path)
         version = found.get("format_version", "nothing")
         if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format_version: found {version}, expected {FORMAT_VERSION}")
+            raise InputError(f"{path}: format_version: found {version!r:.80}, expected {FORMAT_VERSION}")
         files.check_fields(path, found, {"format_version": int, **_MANIFEST_FIELDS})
         files.check_fields(path, found["plan"], {"items": int, "items_per_shard": int}, prefix="plan.")
-        if not all(isinstance(site, str) for site in found["sites"]):
-            raise InputError(f"{path}: sites: found {found['sites']!r}, expected strings")
+        for field, values in {"sites": found["sites"], "versions": found["versions"].values()}.items():
+            if not all(isinstance(value, str) for value in values):
+                raise InputError(f"{path}: {field}: found {found[field]!r:.80}, expected strings")
+        try:
+            files.dump_json(found)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         fields = {name: found[name] for name in _MANIFEST_FIELDS}
         manifest = cls(**fields | {"sites": tuple(found["sites"]), "plan": Plan(**found["plan"])})
         manifest.check(str(path))
@@ -79,7 +84,7 @@ class Manifest:
         }
         for field, (found, expected, holds) in rules.items():
             if not holds:
-                raise InputError(f"{where}: {field}: found {found!r}, expected {expected}")
+                raise InputError(f"{where}: {field}: found {found!r:.80}, expected {expected}")
 
 
 _MANIFEST_FIELDS = {

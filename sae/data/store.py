@@ -67,10 +67,10 @@ class StoreWriter:
             ActivationStore.open(directory)  # what is committed must be whole before anything is added to it
         else:
             _check_ours(directory)
-            (directory / "shards").mkdir(parents=True, exist_ok=True)
+            files.make_directory(directory / "shards")
             files.fsync_directory(directory.parent)
             files.commit(path, files.dump_json(manifest.to_json()))
-        (directory / "shards").mkdir(exist_ok=True)
+        files.make_directory(directory / "shards")
         return cls(directory, manifest)
 
     @property
@@ -255,13 +255,13 @@ def _read_shard(path: Path, manifest: Manifest) -> Shard:
         raise InputError(f"{path}: found a sidecar of no planned shard, expected 000000 to {plan.shards - 1:06d}")
     items = plan.items_of(int(path.stem))
     if mark["item_range"] != [items.start, items.stop]:
-        raise InputError(f"{path}: item_range: found {mark['item_range']}, expected {[items.start, items.stop]}")
+        raise InputError(f"{path}: item_range: found {mark['item_range']!r:.80}, expected {[items.start, items.stop]}")
     if [item.get("item") if isinstance(item, dict) else None for item in mark["items"]] != list(items):
         raise InputError(f"{path}: items: expected one object for each item of {mark['item_range']}, in order")
     tensors = path.with_suffix(".safetensors")
     found = tensors.stat().st_size if tensors.is_file() else "no file"
     if found != mark["bytes"]:
-        raise InputError(f"{tensors}: bytes: found {found}, expected {mark['bytes']} as its sidecar says")
+        raise InputError(f"{tensors}: bytes: found {found}, expected {mark['bytes']!r:.80} as its sidecar says")
     header = files.read_header(tensors)
     for name, expected in _layout(manifest, mark["rows"]).items():
         if header.get(name) != expected:
