@@ -64,6 +64,8 @@ def init(
         raise InputError(f"sample: found rows of shape {sample.shape[1:]}, expected {module.reads}")
     if target is None and module.writes != module.reads:
         raise InputError(f"target: found none, expected rows of d_out={module.writes[-1]} for a transcoder")
+    if config.target_l0 > module.d_sae:
+        raise InputError(f"target_l0: found {config.target_l0}, expected at most d_sae={module.d_sae}")
     module = module.balanced() if config.frees(module) else module
     mean, scale = _standards(sample, config)
     mean_out, scale_out = (mean, scale) if target is None else _standards(target, config)
