@@ -114,7 +114,7 @@ def step_seconds(case: Case, config: Config) -> float:
 
 def stepper(case: Case, config: Config, members: int) -> Callable[[], float]:
     """A compiled call of `train.run`, which says what it took in seconds per step, of all members."""
-    told = train.TrainConfig(steps=1000, product_dtype=case.dtype)  # type: ignore[arg-type]
+    told = train.TrainConfig(steps=10**6, product_dtype=case.dtype)  # type: ignore[arg-type]
     x = jax.random.normal(jax.random.key(0), (config.steps, config.batch, case.d_model))
     states = [train.init(build(case, seed), told, x[0]) for seed in range(members)]
     state = states[0] if members == 1 else train.stack(states)
