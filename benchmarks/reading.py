@@ -44,8 +44,10 @@ def main(config: Config) -> None:
     values = jax.random.normal(jax.random.key(0), (config.runs, 1, shape.d_model))
     patch = Patch(values, jnp.asarray([config.patched_prompt // 2]), site=f"blocks.{shape.layers // 2}.hook_resid_post")
 
+    last = [f"blocks.{shape.layers - 1}.hook_resid_post"]  # without a site behind the patch no block would be computed
+
     def patched(logits: Literal["all", "last"] | None) -> Any:
-        return model.run_with_capture(batch, sites[:1], edits=[patch], logits=logits)
+        return model.run_with_capture(batch, last, edits=[patch], logits=logits)
 
     calls: dict[str, Callable[[], Any]] = {
         f"a plain call, {len(sites)} sites": lambda: model.run_with_capture(tokens, sites),
