@@ -42,6 +42,9 @@ class Sample:
     parsed: Parsed
     grid: Grid | None
 
+    def __repr__(self) -> str:
+        return f"Sample({self.task_id:.40}, test {self.test}, {self.augmentation}, {self.parsed})"
+
 
 Complete = Callable[[list[str]], Sequence[str | Completion | Sequence[Completion]]]
 """Prompts to completions, in order; several for one prompt where a search finds several."""

@@ -38,6 +38,10 @@ class Tasks(list[Task]):
         super().__init__(tasks)
         self.skipped = list(skipped)
 
+    def __repr__(self) -> str:
+        first = ", ".join(f"{task.id:.20}" for task in self[:3]) + ", …" * (len(self) > 3)
+        return f"Tasks({len(self):,} tasks: {first}; {len(self.skipped):,} skipped)"
+
     def reasons(self) -> Counter[str]:
         """How often each rule was broken."""
         return reasons(self.skipped)

@@ -16,6 +16,11 @@ COLOUR_NAMES = ("black", "blue", "red", "green", "yellow", "grey", "pink", "oran
 Grid = UInt8[np.ndarray, "_rows _cols"]
 
 
+def size_of(grid: Grid | None) -> str:
+    """Its sides, as they are printed: 3x5, or ? for a grid that is withheld."""
+    return "?" if grid is None else f"{grid.shape[0]}x{grid.shape[1]}"
+
+
 def as_grid(value: object, where: str = "grid") -> Grid:
     """Validate a list of lists of integers, or a 2-D integer array; `where` opens the error line."""
     if isinstance(value, np.ndarray):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from arc.encode import DEFAULT_ENCODER, Code, Encoder, Json, LineEncoder, Shape, as_encoder
 from arc.errors import InputError
-from arc.grid import MAX_SIDE, Grid, as_grid
+from arc.grid import MAX_SIDE, Grid, as_grid, size_of
 
 Reason = Literal["nothing", "no grid", "cut off", "bad row", "ragged", "wrong shape", "too large"]
 MAX_CANDIDATES = 64  # nobody looks further into what a model rambled
@@ -26,6 +26,10 @@ class Parsed:
     reason: Reason | None = None
     detail: str = ""
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        found = size_of(self.grid) if self.grid is not None else f"{self.reason}: {self.detail:.60}"
+        return f"Parsed({found}{f', {len(self.notes)} notes' if self.notes else ''})"
 
     def noted(self, *notes: str) -> "Parsed":
         return Parsed(self.grid, self.reason, self.detail, notes + self.notes)

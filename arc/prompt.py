@@ -5,13 +5,13 @@ for byte; fine-tuned checkpoints of that family know no other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from arc.encode import DEFAULT_ENCODER, Encoder, as_encoder
 from arc.errors import InputError
-from arc.grid import Grid
+from arc.grid import Grid, size_of
 from arc.spans import Cell, Marked, Part, cells_of, unmarked
 from arc.task import Task
 
@@ -133,6 +133,9 @@ class PlacedGrid(NamedTuple):
     start: int
     encoder: Encoder
 
+    def __repr__(self) -> str:
+        return f"PlacedGrid(pair {self.pair}, {self.part}, {size_of(self.grid)} at {self.start})"
+
     def cells(self) -> list[Cell]:
         return cells_of(self.encoder, self.grid, self.pair, self.part, self.start)
 
@@ -148,8 +151,12 @@ class Prompt:
     """Training pairs of the task left out to fit the budget."""
     length: int | None
     """In the units of the budget, where one was given."""
-    grids: tuple[PlacedGrid, ...] | None = field(default=None, repr=False)
+    grids: tuple[PlacedGrid, ...] | None = None
     """Where each grid's text starts; None where a template does not leave the grids as they were written."""
+
+    def __repr__(self) -> str:
+        end = f"{len(self.text):,} characters, ending {self.text[-24:]!r}"
+        return f"Prompt({end}, dropped {len(self.dropped)} pairs, length {self.length})"
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:

@@ -98,6 +98,9 @@ class Report:
     """Share of all samples whose grid has the true shape."""
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        return f"Report(score {self.score:.1%} of {len(self.rows):,} tasks; str() has the table)"
+
     def __str__(self) -> str:
         passes = "  ".join(f"pass@{n} {value:.1%}" for n, value in self.pass_at.items())
         head = (

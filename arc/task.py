@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from arc.errors import InputError
-from arc.grid import Grid, as_grid
+from arc.grid import Grid, as_grid, size_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,9 @@ class Pair:
         object.__setattr__(self, "input", as_grid(self.input, "input"))
         if self.output is not None:
             object.__setattr__(self, "output", as_grid(self.output, "output"))
+
+    def __repr__(self) -> str:
+        return f"Pair({size_of(self.input)} -> {size_of(self.output)})"
 
     def _content(self) -> tuple:
         return tuple(None if g is None else (g.shape, g.tobytes()) for g in (self.input, self.output))
@@ -46,6 +49,9 @@ class Task:
         for index, pair in enumerate(self.train):
             if pair.output is None:
                 raise InputError(f"task {self.id}, train pair {index}, output: missing, expected a grid")
+
+    def __repr__(self) -> str:
+        return f"Task({self.id!r:.40}, train {len(self.train)}, test {len(self.test)})"
 
     def without_answers(self) -> "Task":
         """The task as a solver sees it: no test outputs."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from arc.ask import Asking, Sample
 from arc.augment import IDENTITY, Augmentation
 from arc.errors import InputError
-from arc.grid import Grid
+from arc.grid import Grid, size_of
 from arc.prompt import answer
 from arc.task import Task
 
@@ -25,6 +25,10 @@ class Candidate:
     samples: tuple[Sample, ...]
     score: float | None = None
     """Sum over augmentations of the log-probability of this grid as the answer."""
+
+    def __repr__(self) -> str:
+        log_prob = f"mean_log_prob {self.mean_log_prob:.4g}, score {self.score}"
+        return f"Candidate({size_of(self.grid)}, votes {self.votes} of {len(self.samples)} samples, {log_prob})"
 
 
 def _key(grid: Grid) -> tuple[tuple[int, ...], bytes]:

@@ -32,7 +32,7 @@ class Config:
     calls: int = 2  # the best is reported; of sweeps, the median
     members: int = 8  # of the sweep; 0 leaves it out
     pieces: bool = True
-    shape: Literal["full", "tiny"] = "full"  # tiny: only to see that everything runs
+    shape: Literal["full", "small", "tiny"] = "full"  # small: 96 -> 256, k 6; tiny: only to see that everything runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Case:
         return f"{self.form} {self.d_model} -> {self.d_sae:,}, k {self.k}, {self.dtype}"
 
 
+OTHERS = {"small": (96, 256, 6), "tiny": (16, 64, 4)}
 SIZES = {"topk": (896, 16_384, 32), "batchtopk": (768, 4_096, 25)}
 
 
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
     tiny = config.shape == "tiny"
     if tiny:
         config = dataclasses.replace(config, batch=32, steps=2)
-    sizes = {form: (16, 64, 4) if tiny else SIZES[form] for form in config.forms}
+    sizes = {form: OTHERS.get(config.shape, SIZES[form]) for form in config.forms}
     cases = [Case(form, *sizes[form], dtype) for form in config.forms for dtype in config.dtypes]
     rates = {dtype: 1e9 * measure.matrix_gflop_per_s(dtype, 128 if tiny else 2048) for dtype in config.dtypes}
     ours = [step_seconds(case, config) for case in cases]
@@ -113,7 +114,7 @@ def step_seconds(case: Case, config: Config) -> float:
 
 def stepper(case: Case, config: Config, members: int) -> Callable[[], float]:
     """A compiled call of `train.run`, which says what it took in seconds per step, of all members."""
-    told = train.TrainConfig(steps=1000, product_dtype=case.dtype)  # type: ignore[arg-type]
+    told = train.TrainConfig(steps=10**6, product_dtype=case.dtype)  # type: ignore[arg-type]
     x = jax.random.normal(jax.random.key(0), (config.steps, config.batch, case.d_model))
     states = [train.init(build(case, seed), told, x[0]) for seed in range(members)]
     state = states[0] if members == 1 else train.stack(states)

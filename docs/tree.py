@@ -1,6 +1,7 @@
 """The tree of all files, made from their docstrings: `python docs/tree.py` rewrites docs/tree.md."""
 
 import ast
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -72,7 +73,9 @@ def _place(names: list[str]):
 
 
 def sentence(path: Path) -> str:
-    """The first paragraph of a module's docstring, or a page's title, on one line."""
+    """The first paragraph of a module's docstring, or the title of a page or a notebook, on one line."""
+    if path.suffix == ".ipynb":
+        return "".join(json.loads(path.read_text())["cells"][0]["source"]).partition("\n")[0].lstrip("# ")
     if path.suffix == ".md":
         return path.read_text().partition("\n")[0].lstrip("# ")
     said = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -87,7 +90,8 @@ def make() -> str:
         page.append(f"{'#' * (2 + name.count('/'))} {name}/\n")
         if is_package(folder):
             page.append(textwrap.fill(sentence(folder / "__init__.py"), 100, break_on_hyphens=False) + "\n")
-        listed = [*files(folder), *(path for path in sorted(folder.glob("*.md")) if path != PAGE)]
+        pages = sorted([*folder.glob("*.md"), *folder.glob("*.ipynb")])
+        listed = [*files(folder), *(path for path in pages if path != PAGE)]
         rows = [f"| `{path.relative_to(folder).as_posix()}` | {sentence(path)} |" for path in listed]
         if rows:
             page.append("\n".join(["| file | is |", "|---|---|", *rows]) + "\n")

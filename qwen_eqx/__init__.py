@@ -6,11 +6,13 @@ from qwen_eqx.errors import DiskFull as DiskFull
 from qwen_eqx.errors import InputError as InputError
 from qwen_eqx.generation.engine import GenerationState as GenerationState
 from qwen_eqx.generation.engine import Generator as Generator
+from qwen_eqx.generation.generate import GenerateOptions as GenerateOptions
 from qwen_eqx.generation.generate import Generation as Generation
 from qwen_eqx.generation.generate import generate as generate
 from qwen_eqx.generation.generate import prepare as prepare
 from qwen_eqx.generation.memory import MemoryPlan as MemoryPlan
 from qwen_eqx.generation.options import Options as Options
+from qwen_eqx.generation.progress import Progress as Progress
 from qwen_eqx.generation.prompts import PromptBatch as PromptBatch
 from qwen_eqx.generation.prompts import prompt_width as prompt_width
 from qwen_eqx.generation.sample import AbstractFilter as AbstractFilter

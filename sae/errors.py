@@ -14,7 +14,8 @@ class DiskFull(OSError):
 
     def __init__(self, number: int, path: Path, needed: int):
         super().__init__(number, os.strerror(number), str(path))
-        self.needed, self.free = needed, shutil.disk_usage(path.parent).free
+        there = next(folder for folder in path.absolute().parents if folder.is_dir())
+        self.needed, self.free = needed, shutil.disk_usage(there).free
 
     def __str__(self) -> str:
         return f"{self.filename}: found {self.free:,} bytes free ({self.strerror}), expected room for {self.needed:,}"

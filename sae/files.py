@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -15,11 +15,13 @@ import safetensors
 
 from sae.errors import DiskFull, InputError
 
+Value = TypeVar("Value")
 SAFETENSORS_DTYPES = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64",
     "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
+DIRECTORY_BYTES = 4096  # a block of most file systems
 MAX_JSON_BYTES = 2**30  # a sidecar holds texts, never gigabytes of them
 
 
@@ -50,6 +52,16 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """The directory and those that it lies in, where they are not there yet."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFull(error.errno, directory, DIRECTORY_BYTES) from error
+        raise
 
 
 def commit(path: Path, data: bytes) -> None:
@@ -107,6 +119,14 @@ def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, An
         value = found[name]
         if not isinstance(value, expected[name]) or isinstance(value, bool):
             raise InputError(f"{path}: {prefix}{name}: found {value!r:.80}, expected {_spell_type(expected[name])}")
+
+
+def typed(path: Path, found: Mapping[str, Any], name: str, kind: type[Value], default: Value | None = None) -> Value:
+    """A field of what is another team's to write, or `default` where there is none; of another type it is refused."""
+    value = default if name not in found and default is not None else found.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{path}: {name}: found {value!r:.80}, expected {_spell_type(kind)}")
+    return value
 
 
 def _spell_type(kind: type | tuple[type, ...]) -> str:

@@ -13,13 +13,14 @@ ROOT = Path(__file__).parent.parent
 # folder the files above them in it. A folder's own `__init__` stands behind its files, the package's is last.
 ORDER = {
     "qwen_eqx": {
-        "": ["errors", "files"],
+        "": ["errors", "files", "shown"],
         "text": ["chat", "ids", "tokenizer"],
         "model": [
             "config", "sites", "layers", "rope", "cache", "causal", "attention", "edits", "room", "rows", "qwen", "effect",
         ],
         "generation": [
-            "sample", "memory", "buffer", "prompts", "options", "engine", "generate", "scheduler", "score", "search",
+            "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "scheduler", "score",
+            "search",
         ],
         "weights": ["hub", "hf"],
         "training": ["loss", "lora", "step", "loop"],
@@ -33,7 +34,7 @@ ORDER = {
         ],
     },
     "sae": {
-        "": ["errors", "files"],
+        "": ["errors", "files", "shown"],
         "codes": ["select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",

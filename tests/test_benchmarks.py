@@ -13,7 +13,7 @@ RUNS = {
     "decode": ["--dtypes", "bfloat16", "--batches", "2", "--prompt", "20", "--steps", "2", "--repeats", "1"],
     "prefill": ["--prompts", "20", "--repeats", "1"],
     "capture": ["--batches", "2", "--layers", "1", "--prompt", "20", "--lengths", "16", "--steps", "2", "--repeats", "1"],
-    "reading": ["--prompt", "20", "--layers", "1", "--repeats", "1"],
+    "reading": ["--prompt", "20", "--layers", "1", "--repeats", "1", "--runs", "2", "--patched-prompt", "9"],
     "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
     "sae_step": ["--calls", "1", "--members", "2"],
     "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],

@@ -178,7 +178,7 @@ def test_what_is_drawn_for_an_item_depends_on_no_batch_and_no_order():
 @pytest.mark.parametrize(
     ("call", "options"),
     [
-        (qwen_eqx.generate, qwen_eqx.Options),
+        (qwen_eqx.generate, qwen_eqx.GenerateOptions),
         (qwen_eqx.prepare, qwen_eqx.Options),
         (qwen_eqx.schedule, qwen_eqx.ScheduleOptions),
     ],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sae
 from sae.errors import DiskFull, InputError
 from sae.training import checkpoint
 
@@ -28,8 +29,37 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskFull, match=r"state\.safetensors: found [\d,]+ bytes free .*, expected room for [\d,]+$"):
         checkpoint.save(tmp_path, 1, {"a": jnp.zeros(2)})
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert list(tmp_path.iterdir()) == []
     assert checkpoint.steps(tmp_path) == []
+    with pytest.raises(DiskFull):
+        checkpoint.save(tmp_path / "runs" / "new", 1, {"a": jnp.zeros(2)})
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_no_room_for_a_directory_is_a_full_disk_too(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = sae.ReLU.init(d_model=2, d_sae=4, key=jax.random.key(0))
+    monkeypatch.setattr(os, "mkdir", full)
+    for write in (
+        lambda where: checkpoint.save(where, 1, {"a": jnp.zeros(2)}),
+        lambda where: sae.save(module, where),
+        lambda where: sae.report.write(where / "page.html", "title", []),
+    ):
+        with pytest.raises(DiskFull, match=r"new.*: found [\d,]+ bytes free .*, expected room for [\d,]+$"):
+            write(tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "0000000²", "1", "-0000001", "00000001.old", "000000001", " 0000001"])
+def test_only_the_names_that_save_gives_are_checkpoints(tmp_path, name):
+    checkpoint.save(tmp_path, 2, STATE)
+    checkpoint.save(tmp_path, 123456789, STATE)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "state.json").write_text("{}")
+    assert checkpoint.steps(tmp_path) == [2, 123456789]
+    assert checkpoint.load(tmp_path, STATE)[2] == 123456789
 
 
 def test_round_trip_and_keep_last(tmp_path):

@@ -1,6 +1,8 @@
 """The native directory: every form comes back as it was, SAELens computes the same from it, and damage is refused."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 import sae
 import strategies
 import tolerances
+from sae.errors import DiskFull
 
 ONE_SITE = [name for name, form in sae.FORMS.items() if not form.several_sites]  # the others: test_sae_crosscoder
 
@@ -70,6 +73,25 @@ def test_a_fresh_module_comes_back_too(tmp_path, form):
     sae.save(module, tmp_path, {})
     same(sae.load(str(tmp_path)), module)
     assert sae.load_with_metadata(tmp_path).density is None
+
+
+def test_saving_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    before = trained("relu")
+    sae.save(before, tmp_path, METADATA, density=np.full(16, 0.5, np.float32))
+    with pytest.raises(sae.InputError, match=r"density: found shape \(15,\), expected \(16,\)"):
+        sae.save(trained("topk"), tmp_path, METADATA, density=np.ones(15, np.float32))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        for density in (None, np.ones(16, np.float32)):
+            with pytest.raises(DiskFull):
+                sae.save(trained("topk"), tmp_path, METADATA, density=density)
+    loaded = sae.load_with_metadata(tmp_path)
+    same(loaded.module, before)
+    np.testing.assert_allclose(loaded.density, 0.5, **tolerances.CONVERTED)
 
 
 def test_saving_again_leaves_nothing_of_what_was_there(tmp_path):

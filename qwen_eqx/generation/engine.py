@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.options import Options, Settings
+from qwen_eqx.generation.progress import report_now_and_then
 from qwen_eqx.generation.prompts import PromptBatch
 from qwen_eqx.generation.sample import AbstractSampler, needs_seen
 from qwen_eqx.model.cache import KVCache
@@ -140,11 +141,17 @@ class Generator(eqx.Module):
         state = eqx.tree_at(lambda s: s.cache, state, cache)
         return self.choose(state, model.logits(x[:, 0]), values if self.settings.keep_generated else None)
 
-    def loop(self, model: Qwen, state: GenerationState) -> GenerationState:
-        """Steps until every row is done, looking every `stride` steps."""
+    def loop(self, model: Qwen, state: GenerationState, watcher: Int[Array, ""] | None = None) -> GenerationState:
+        """Steps until every row is done, looking every `stride` steps; a watcher hears of it now and then."""
+
+        def step(_: Int[Array, ""], state: GenerationState) -> GenerationState:
+            state = self.step(model, state)
+            if watcher is not None:
+                report_now_and_then(watcher, state.column, state.length, state.done)
+            return state
 
         def steps(state: GenerationState) -> GenerationState:
-            return jax.lax.fori_loop(0, self.settings.stride, lambda _, s: self.step(model, s), state)
+            return jax.lax.fori_loop(0, self.settings.stride, step, state)
 
         return jax.lax.while_loop(lambda s: ~s.done.all(), steps, state)
 

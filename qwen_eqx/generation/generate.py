@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from qwen_eqx import shown
 from qwen_eqx.errors import InputError
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.engine import Generator
 from qwen_eqx.generation.options import Options, Settings, by_keyword
+from qwen_eqx.generation.progress import Asked, check_progress, report, watching
 from qwen_eqx.generation.prompts import PromptBatch, Prompts, prompt_rows, prompt_width
 from qwen_eqx.generation.sample import row_keys
 from qwen_eqx.model.config import QwenConfig
@@ -30,22 +32,33 @@ class Generation(eqx.Module):
     prompt_activations: Float[Array, "sites prompts prompt d_model"] | None  # right-aligned; 0 at pads
 
     def __repr__(self) -> str:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        shown = [
-            f"{name}={value.dtype}{list(value.shape)}" if hasattr(value, "shape") else f"{name}={value}"
-            for name, value in fields.items()
-        ]
-        return f"Generation({', '.join(shown)})"
+        return shown.by_field(self)
 
 
-@by_keyword(Options)
-def generate(model: Qwen, prompts: Prompts, options: Options) -> Generation:
-    """Continues every prompt by at most `max_new_tokens` tokens, `samples` times; the keywords are the fields of `Options`.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GenerateOptions(Options):
+    """The keywords of `generate`: those of `prepare`, and this."""
+
+    progress: Asked = None
+    """True writes a line on stderr: tokens, tok/s, time left. A function is called with a `Progress` every few steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_progress(self.progress)
+
+
+@by_keyword(GenerateOptions)
+def generate(model: Qwen, prompts: Prompts, options: GenerateOptions) -> Generation:
+    """Continues every prompt by at most `max_new_tokens` tokens, `samples` times.
+
+    The keywords are the fields of `GenerateOptions`.
 
     `prompts` is a list of lists of token ids, or a left-padded array whose pads are `pad_token` or negative. A row ends with
     one of `stop_tokens` or with one of `stop_sequences`, and is filled up with `pad_token` (0 if none is given). Rows never
     influence one another: what is drawn for a prompt depends on `key`, its number in `items` (default: its place) and the
-    sample's number alone. One compilation per batch size, prompt bucket, `max_new_tokens` and set of sites.
+    sample's number alone. One compilation per batch size, prompt bucket, `max_new_tokens` and set of sites; with `progress`
+    another one, whose results are the same bit for bit. A function given for it must not call JAX, which waits for it, and
+    what it raises is raised here, once all is generated.
 
     Raises `InputError` for ids outside the vocabulary, prompts that do not fit the model, unknown sites, and buffers that
     exceed free memory.
@@ -53,7 +66,8 @@ def generate(model: Qwen, prompts: Prompts, options: Options) -> Generation:
     generator, batch = _prepared(model, prompts, options)
     if not batch.tokens.shape[0]:
         return _nothing(model.config, generator.settings, batch.tokens.shape[1])
-    out = _generate(model, generator, batch)
+    with watching(options.progress, rows=batch.keys.shape[0], max_steps=options.max_new_tokens) as watcher:
+        out = _generate(model, generator, batch, watcher)
     activations = None if out.buffer is None else out.buffer.values
     return Generation(out.tokens, out.lengths, out.log_probs, activations, out.prompt_activations)
 
@@ -69,9 +83,13 @@ class _Outputs(NamedTuple):
 
 
 @eqx.filter_jit
-def _generate(model: Qwen, generator: Generator, batch: PromptBatch) -> _Outputs:
+def _generate(model: Qwen, generator: Generator, batch: PromptBatch, watcher: Int[Array, ""] | None) -> _Outputs:
     state, prompt_activations = generator.prefill(model, batch)
-    state = generator.loop(model, state)
+    if watcher is not None:
+        report(watcher, state.column, state.length, state.done)
+    state = generator.loop(model, state, watcher)
+    if watcher is not None:
+        report(watcher, state.column, state.length, state.done)
     return _Outputs(state.tokens, state.length, state.log_probs, state.buffer, prompt_activations)
 
 

@@ -58,7 +58,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
-    """The keywords of `generate` and `prepare`; `schedule` has more."""
+    """The keywords of `prepare`; `generate` and `schedule` have more."""
 
     max_new_tokens: int
     """Tokens that a row may generate."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
+from qwen_eqx import shown
 from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.options import Options, by_keyword
@@ -36,6 +37,9 @@ class Completion(NamedTuple):
     log_probs: Float32[np.ndarray, " length"]
     activations: Float[Array, "sites new d_model"] | None
     prompt_activations: Float[Array, "sites prompt d_model"] | None  # right-aligned; 0 at pads
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

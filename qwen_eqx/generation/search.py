@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
+from qwen_eqx import shown
 from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import Generator
 from qwen_eqx.generation.generate import prepare
@@ -44,6 +45,9 @@ class Found(eqx.Module):
 
     tokens: tuple[Int32[np.ndarray, " _"], ...]  # the stop token included
     log_probs: Float32[np.ndarray, " found"]  # of whole completions; for beam search over length ** length_penalty
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
 
 def beam_search(

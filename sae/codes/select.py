@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from sae import shown
+
 _GROUP = 32  # neighbours compared at once by top_k
 
 
@@ -15,6 +17,9 @@ class SparseCode(NamedTuple):
 
     indices: Int[Array, "*batch k"]
     values: Float[Array, "*batch k"]
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
 
 def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*batch d_sae"]:

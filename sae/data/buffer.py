@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
+from sae import shown
 from sae.errors import InputError
 
 
@@ -50,6 +51,9 @@ class ShuffleBuffer(eqx.Module):
             key=jax.random.clone(key),
             dtype=jnp.dtype(dtype),
         )
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
     @property
     def capacity(self) -> int:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae import files
+from sae import files, shown
 from sae.errors import InputError
 
 FORMAT_VERSION = 1
@@ -45,6 +45,10 @@ class Manifest:
     config: dict[str, Any]  # the resolved run config
     versions: dict[str, str]  # package -> version
 
+    def __repr__(self) -> str:
+        sites = shown.listed(self.sites)
+        return f"Manifest({self.model_id!r:.80} at {sites}; {self.dtype}, d_model={self.d_model}, {self.plan})"
+
     def to_json(self) -> dict[str, Any]:
         fields = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return json.loads(files.dump_json(fields))  # as it will be read back: tuples become lists
@@ -54,11 +58,16 @@ class Manifest:
         found = files.read_json(path)
         version = found.get("format_version", "nothing")
         if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format_version: found {version}, expected {FORMAT_VERSION}")
+            raise InputError(f"{path}: format_version: found {version!r:.80}, expected {FORMAT_VERSION}")
         files.check_fields(path, found, {"format_version": int, **_MANIFEST_FIELDS})
         files.check_fields(path, found["plan"], {"items": int, "items_per_shard": int}, prefix="plan.")
-        if not all(isinstance(site, str) for site in found["sites"]):
-            raise InputError(f"{path}: sites: found {found['sites']!r}, expected strings")
+        for field, values in {"sites": found["sites"], "versions": found["versions"].values()}.items():
+            if not all(isinstance(value, str) for value in values):
+                raise InputError(f"{path}: {field}: found {found[field]!r:.80}, expected strings")
+        try:
+            files.dump_json(found)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         fields = {name: found[name] for name in _MANIFEST_FIELDS}
         manifest = cls(**fields | {"sites": tuple(found["sites"]), "plan": Plan(**found["plan"])})
         manifest.check(str(path))
@@ -75,7 +84,7 @@ class Manifest:
         }
         for field, (found, expected, holds) in rules.items():
             if not holds:
-                raise InputError(f"{where}: {field}: found {found!r}, expected {expected}")
+                raise InputError(f"{where}: {field}: found {found!r:.80}, expected {expected}")
 
 
 _MANIFEST_FIELDS = {

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from sae import shown
 from sae.data.plan import Manifest
 from sae.files import numpy_dtype
 
@@ -19,6 +20,9 @@ class Rows(NamedTuple):
     positions: Int32[np.ndarray | jax.Array, "*rows"]
     item: Int32[np.ndarray | jax.Array, "*rows"]
     generated: Bool[np.ndarray | jax.Array, "*rows"]
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
     @classmethod
     def none(cls, manifest: Manifest) -> "Rows":

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Int
 
-from sae import files
+from sae import files, shown
 from sae.data.plan import Manifest, Plan
 from sae.data.rows import Rows
 from sae.errors import InputError
@@ -37,6 +37,9 @@ class Shard:
     bytes: int
     digest: str
     items: tuple[dict[str, Any], ...]
+
+    def __repr__(self) -> str:
+        return f"Shard({self.index}: {self.rows:,} rows of {len(self.items)} items, {self.bytes:,} bytes, {self.path})"
 
     def columns(self) -> Rows:
         """The shard's tensors, mapped, not read: an index touches only the pages it needs."""
@@ -64,10 +67,10 @@ class StoreWriter:
             ActivationStore.open(directory)  # what is committed must be whole before anything is added to it
         else:
             _check_ours(directory)
-            (directory / "shards").mkdir(parents=True, exist_ok=True)
+            files.make_directory(directory / "shards")
             files.fsync_directory(directory.parent)
             files.commit(path, files.dump_json(manifest.to_json()))
-        (directory / "shards").mkdir(exist_ok=True)
+        files.make_directory(directory / "shards")
         return cls(directory, manifest)
 
     @classmethod
@@ -149,7 +152,7 @@ class ActivationStore:
     sites: tuple[str, ...]  # what `activations` holds along its sites axis: the manifest's, or those selected
 
     def __repr__(self) -> str:
-        sites = ", ".join(self.sites)
+        sites = shown.listed(self.sites)
         return f"ActivationStore({self.directory}: {len(self):,} rows at {sites}, {len(self.shards)} shards)"
 
     @classmethod
@@ -276,13 +279,13 @@ def _read_shard(path: Path, manifest: Manifest) -> Shard:
         raise InputError(f"{path}: found a sidecar of no planned shard, expected 000000 to {plan.shards - 1:06d}")
     items = plan.items_of(int(path.stem))
     if mark["item_range"] != [items.start, items.stop]:
-        raise InputError(f"{path}: item_range: found {mark['item_range']}, expected {[items.start, items.stop]}")
+        raise InputError(f"{path}: item_range: found {mark['item_range']!r:.80}, expected {[items.start, items.stop]}")
     if [item.get("item") if isinstance(item, dict) else None for item in mark["items"]] != list(items):
         raise InputError(f"{path}: items: expected one object for each item of {mark['item_range']}, in order")
     tensors = path.with_suffix(".safetensors")
     found = tensors.stat().st_size if tensors.is_file() else "no file"
     if found != mark["bytes"]:
-        raise InputError(f"{tensors}: bytes: found {found}, expected {mark['bytes']} as its sidecar says")
+        raise InputError(f"{tensors}: bytes: found {found}, expected {mark['bytes']!r:.80} as its sidecar says")
     header = files.read_header(tensors)
     for name, expected in _layout(manifest, mark["rows"]).items():
         if header.get(name) != expected:

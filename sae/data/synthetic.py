@@ -20,6 +20,7 @@ import scipy.optimize
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from sae import shown
 from sae.errors import InputError
 
 
@@ -57,6 +58,9 @@ class Sample(NamedTuple):
 
     x: Float[Array, "batch d_model"]
     coefficients: Float[Array, "batch features"]
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
 
 class SyntheticModel(eqx.Module):

@@ -73,7 +73,7 @@ def write(
 ) -> None:
     """Write the page; `facts` are shown at its head, `density` of all latents as a histogram."""
     page = render(title, latents, facts=facts, density=density)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.make_directory(Path(path).parent)
     files.commit(Path(path), page.encode("utf-8", "backslashreplace"))  # a token may be half a character
 
 

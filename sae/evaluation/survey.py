@@ -32,6 +32,10 @@ class Survey:
     best: Float32[np.ndarray, "examples d_sae"]  # its largest value in each of its best documents, falling; 0 is none
     best_documents: Int32[np.ndarray, "examples d_sae"]  # their numbers in the order given
 
+    def __repr__(self) -> str:
+        fired = f"{np.count_nonzero(self.fired):,} of {len(self.fired):,} latents fired"
+        return f"Survey({self.tokens:,} tokens, {fired}, the best {len(self.best)} documents of each)"
+
     @classmethod
     def take(cls, codes: Iterable[Codes | Pairs], *, d_sae: int, examples: int = 8) -> "Survey":
         """Survey the latents of each document, dense [seq, d_sae] or as (indices, values) pairs."""

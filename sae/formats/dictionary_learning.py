@@ -17,10 +17,11 @@ def read_dictionary_learning(path: Path) -> Description:
     """`ae.pt` and, beside it, `config.json` of dictionary_learning (dictionary.py, trainers/); parameters as stored."""
     stored = torchzip.read(path)
     config_path = path.parent / "config.json"
-    trainer = files.read_json(config_path).get("trainer", {}) if config_path.exists() else {}
+    config = files.read_json(config_path) if config_path.exists() else {}
+    trainer = files.typed(config_path, config, "trainer", dict, {})
     kind = trainer.get("dict_class") or _guess_class(path, stored)
-    if kind not in _DICTIONARIES:
-        raise InputError(f"{config_path}: dict_class: found {kind!r}, expected one of {', '.join(_DICTIONARIES)}")
+    if not isinstance(kind, str) or kind not in _DICTIONARIES:
+        raise InputError(f"{config_path}: dict_class: found {kind!r:.80}, expected one of {', '.join(_DICTIONARIES)}")
     form, subtracts = _DICTIONARIES[kind]
     tensors = {}
     for name, tensor in stored.items():
@@ -28,12 +29,23 @@ def read_dictionary_learning(path: Path) -> Description:
             tensors[_DICTIONARY_NAMES.get(name, name)] = tensor.T if name in _LINEAR else tensor
         elif name == "threshold" and "threshold" in stored_names(FORMS[form]):
             tensors["threshold"] = tensor  # a TopK dictionary stores one too and does not use it
-    k = int(stored["k"]) if "k" in stored else trainer.get("k")
-    widths = tuple(int(width) for width in np.cumsum(stored["group_sizes"])) if "group_sizes" in stored else None
+    k = _whole(path, "k", stored["k"], 0).item() if "k" in stored else trainer.get("k")
+    widths = None
+    if "group_sizes" in stored:
+        widths = tuple(np.cumsum(_whole(path, "group_sizes", stored["group_sizes"], 1)).tolist())
     metadata = {"source_format": "dictionary_learning", "dict_class": kind, "model_name": trainer.get("lm_name")}
     if isinstance(trainer.get("layer"), int) and "resid_post" in str(trainer.get("submodule_name", "resid_post")):
         metadata["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
     return Description(form, tensors, subtracts, {"k": k, "widths": widths}, metadata)
+
+
+def _whole(path: Path, name: str, tensor: np.ndarray, axes: int) -> np.ndarray:
+    """Whole numbers, in a tensor of so many axes."""
+    if tensor.dtype.kind not in "iu" or tensor.ndim != axes:
+        raise InputError(
+            f"{path}: {name}: found {tensor.dtype} {list(tensor.shape)}, expected whole numbers in {axes} axes"
+        )
+    return tensor
 
 
 def _guess_class(path: Path, stored: Mapping[str, Any]) -> str:

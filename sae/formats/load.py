@@ -16,6 +16,7 @@ import huggingface_hub.errors
 import numpy as np
 from jaxtyping import Float
 
+from sae import shown
 from sae.errors import InputError
 from sae.formats.description import Description, build
 from sae.formats.dictionary_learning import read_dictionary_learning
@@ -39,6 +40,10 @@ class Loaded(NamedTuple):
     module: AbstractDictionary
     metadata: dict[str, Any]  # model_name, hook_name and whatever else was saved
     density: Float[np.ndarray, " d_sae"] | None  # fraction of tokens on which each latent fired
+
+    def __repr__(self) -> str:
+        density = None if self.density is None else shown.short(self.density)
+        return f"Loaded({self.module}, metadata of {shown.listed(sorted(self.metadata), 4)}, density={density})"
 
 
 def load(source: str | Path, *, revision: str | None = None, k: int | None = None) -> AbstractDictionary:

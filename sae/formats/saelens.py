@@ -4,6 +4,7 @@ SAELens knows no BatchTopK or Matryoshka at inference: both are written as it wr
 are all equal, with the form they were trained in under `metadata.training_architecture`; loading restores that form.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,35 +81,47 @@ def save(
     config = files.dump_json(
         _config(module, described, dict(metadata or {})) | {"weights_digest": files.digest(weights)}
     )
+    sparsity = None if density is None else _sparsity(density, module.d_sae)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: found a file, expected a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / SPARSITY).unlink(missing_ok=True)  # of what was saved here before
-    if density is not None:
-        sparsity = np.log10(np.asarray(density, np.float32) + np.float32(1e-10))  # SAELens' definition
-        files.commit(directory / SPARSITY, safetensors.numpy.save({"sparsity": sparsity}))
-    files.commit(directory / WEIGHTS, weights)
+    files.make_directory(directory)
+    files.commit(directory / WEIGHTS, weights)  # first: where this fails, what was saved here before is whole
+    if sparsity is None:
+        (directory / SPARSITY).unlink(missing_ok=True)  # of what was saved here before
+    else:
+        files.commit(directory / SPARSITY, sparsity)
     files.commit(directory / CONFIG, config)  # last: its digest tells a half-written directory from a whole one
+
+
+def _sparsity(density: Float[np.ndarray | jax.Array, " latents"], d_sae: int) -> bytes:
+    if density.shape != (d_sae,):
+        raise InputError(f"density: found shape {density.shape}, expected {(d_sae,)}")
+    logarithm = np.log10(np.asarray(density, np.float32) + np.float32(1e-10))  # SAELens' definition
+    return safetensors.numpy.save({"sparsity": logarithm})
 
 
 def read_saelens(directory: Path) -> Description:
     """A SAELens directory, of version 6 or before (sae_lens/saes/sae.py, loading/pretrained_sae_loaders.py)."""
     path = directory / CONFIG
     config = _modernized(path, files.read_json(path))
-    architecture = config.get("architecture", "standard")
+    architecture = files.typed(path, config, "architecture", str, "standard")
     if architecture not in _FORM_OF:
-        raise InputError(f"{path}: architecture: found {architecture!r}, expected one of {', '.join(sorted(_FORM_OF))}")
+        raise InputError(
+            f"{path}: architecture: found {architecture!r:.80}, expected one of {', '.join(sorted(_FORM_OF))}"
+        )
     weights = directory / WEIGHTS
-    if config.get("weights_digest", "none") not in {"none", files.digest_file(weights)}:
+    if files.typed(path, config, "weights_digest", str, "none") not in ("none", files.digest_file(weights)):
         raise InputError(f"{weights}: digest: found other bytes than were saved, expected those of {CONFIG}")
     tensors = _known_tensors(weights)
-    form, rescaled = _FORM_OF[architecture], config.get("rescale_acts_by_decoder_norm", False)
+    form, rescaled = _FORM_OF[architecture], files.typed(path, config, "rescale_acts_by_decoder_norm", bool, False)
+    if rescaled and FORMS[form].several_sites:
+        raise InputError(f"{path}: rescale_acts_by_decoder_norm: found True, expected False for a {form}")
     if rescaled and "k" in FORMS[form].details:
         tensors = fold_decoder_norms(tensors)
     for field, name, axis in (("d_in", "W_enc", -2), ("d_sae", "W_enc", -1), ("d_out", "W_dec", -1)):
         found = tensors[name].shape[axis] if name in tensors and tensors[name].ndim >= 2 else config.get(field)
         if config.get(field, found) != found:
-            raise InputError(f"{path}: {field}: found {config[field]}, expected {found} as {WEIGHTS} has it")
+            raise InputError(f"{path}: {field}: found {config[field]!r:.80}, expected {found} as {WEIGHTS} has it")
     details = {"k": config.get("k"), "widths": config.get("matryoshka_widths")}
     metadata = dict(config["metadata"])
     if any(architecture in row[:2] for row in ROWS.values() if row.trained_as):
@@ -118,7 +131,7 @@ def read_saelens(directory: Path) -> Description:
         details["widths"] = [*widths, d_sae]  # SAELens trains on the whole too, whether or not it is listed
     whole = _whole(details.get("k"))
     details["k"] = details.get("k") if whole is None else whole
-    subtracts = bool(config.get("apply_b_dec_to_input", True))
+    subtracts = files.typed(path, config, "apply_b_dec_to_input", bool, True)
     return Description(form, tensors, subtracts, details, metadata)
 
 
@@ -138,7 +151,7 @@ def _as_trained(
 
 def _whole(k: Any) -> int | None:
     """SAELens spells BatchTopK's k as a float, and it may be a fraction."""
-    return int(k) if isinstance(k, int | float) and float(k).is_integer() else None
+    return int(k) if isinstance(k, int) or (isinstance(k, float) and k.is_integer()) else None
 
 
 def _modernized(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +159,10 @@ def _modernized(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     metadata = config.get("metadata")
     if not isinstance(metadata, dict) or _major(path, metadata.get("sae_lens_version", "0")) < 6:
         activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
-        details = config.get("activation_fn_kwargs") or {}
-        if activation not in {"relu", "topk"}:
-            raise InputError(f"{path}: activation_fn: found {activation!r}, expected relu or topk")
+        said = {name: value for name, value in config.items() if value is not None}  # it wrote null for none
+        details = files.typed(path, said, "activation_fn_kwargs", dict, {})
+        if activation not in ("relu", "topk"):
+            raise InputError(f"{path}: activation_fn: found {activation!r:.80}, expected relu or topk")
         metadata = {name: value for name, value in config.items() if name not in _STRUCTURE}
         config = {**config, "metadata": metadata}
         if "hook_point" in metadata:
@@ -162,7 +176,7 @@ def _modernized(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     }.items():
         if config.get(field) not in accepted:
             raise InputError(
-                f"{path}: {field}: found {config[field]!r}, expected {accepted[0]!r}, which is implemented"
+                f"{path}: {field}: found {config[field]!r:.80}, expected {accepted[0]!r}, which is implemented"
             )
     return config
 
@@ -170,7 +184,7 @@ def _modernized(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _major(path: Path, version: Any) -> int:
     """The first number of a version."""
     first = str(version).split(".")[0]
-    if not first.isdecimal():
+    if not re.fullmatch("[0-9]{1,9}", first):
         raise InputError(f"{path}: metadata.sae_lens_version: found {version!r:.40}, expected a version such as 6.0.0")
     return int(first)
 

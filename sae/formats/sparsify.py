@@ -17,7 +17,7 @@ def read_sparsify(directory: Path) -> Description:
         "activation": "topk", "skip_connection": False, "embed_skip": False, "gram_lookup": False, "signed": False,
     }.items():  # fmt: skip
         if config.get(field, accepted) != accepted:
-            raise InputError(f"{path}: {field}: found {config[field]!r}, expected {accepted!r}, as implemented")
+            raise InputError(f"{path}: {field}: found {config[field]!r:.80}, expected {accepted!r}, as implemented")
     stored = files.map_tensors(directory / "sae.safetensors")
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
     tensors = {names.get(name, name): tensor for name, tensor in stored.items()}
@@ -26,4 +26,5 @@ def read_sparsify(directory: Path) -> Description:
     metadata: dict[str, Any] = {"source_format": "sparsify", "hookpoint": directory.name}
     if layer := re.fullmatch(r"layers\.(\d+)", directory.name):
         metadata["hook_name"] = f"blocks.{layer[1]}.hook_resid_post"
-    return Description("topk", tensors, not config.get("transcode", False), {"k": config.get("k")}, metadata)
+    subtracts = not files.typed(path, config, "transcode", bool, False)
+    return Description("topk", tensors, subtracts, {"k": config.get("k")}, metadata)

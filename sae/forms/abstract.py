@@ -59,6 +59,18 @@ class AbstractDictionary(eqx.Module):
     details: ClassVar[Mapping[str, Callable[[Any, int], Any]]] = {}  # what `init` needs beside sizes -> its check
     stored_names: ClassVar[Mapping[str, str]] = {}  # SAELens' names of fields that are called otherwise there
 
+    def __repr__(self) -> str:
+        shape = getattr(self.encoder, "shape", None)
+        if shape is None:
+            return f"{type(self).__name__}(no arrays)"  # a tree of anything may have this shape
+        *members, d_sae = self.b_enc.shape
+        *sites, d_model = shape[self.b_enc.ndim :]
+        d_out = self.decoder.shape[-1]
+        sizes = {"members": members, "sites": sites, "d_model": [d_model], "d_out": [d_out] * (d_out != d_model)}
+        spelled = [f"{name}={sizes[name][0]}" for name in sizes if sizes[name]] + [f"d_sae={d_sae}"]
+        spelled += [f"{name}={getattr(self, name)}" for name in self.details]
+        return f"{type(self).__name__}({', '.join(spelled)}, {self.encoder.dtype})"
+
     @property
     def d_sae(self) -> int:
         return self.encoder.shape[0]

@@ -3,6 +3,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
+from sae import shown
 from sae.forms.abstract import AbstractDictionary
 
 
@@ -12,6 +13,9 @@ class Clamped(eqx.Module):
     module: AbstractDictionary
     latent: Int[Array, ""]
     value: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        return shown.by_field(self)
 
     def __call__(self, x: Float[Array, "*rows"]) -> Float[Array, "..."]:
         z = self.module.encode(x)

@@ -67,7 +67,7 @@ class AbstractBatchTopK(AbstractKSparse):
 
 def check_k(k: Any, d_sae: int) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= d_sae:
-        raise InputError(f"k: found {k!r}, expected a whole number from 1 to d_sae={d_sae}")
+        raise InputError(f"k: found {k!r:.80}, expected a whole number from 1 to d_sae={d_sae}")
     return k
 
 

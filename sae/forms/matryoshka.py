@@ -17,7 +17,7 @@ from sae.forms.objective import Hyper, Objective, Selection, Taken, count_fired,
 def check_widths(widths: Any, d_sae: int) -> tuple[int, ...]:
     given = [width for width in widths if type(width) is int] if isinstance(widths, list | tuple) else []
     if not given or len(given) != len(widths) or given != sorted({*given, d_sae}) or given[0] < 1:
-        raise InputError(f"widths: found {widths!r}, expected rising sizes that end at d_sae={d_sae}")
+        raise InputError(f"widths: found {widths!r:.80}, expected rising sizes that end at d_sae={d_sae}")
     return tuple(given)
 
 

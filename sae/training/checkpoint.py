@@ -4,6 +4,7 @@ DIRECTORY/00000100/state.safetensors and, written last, state.json: the digest, 
 A checkpoint exists when its state.json does; a flipped bit, a missing leaf or another form is refused. No pickle.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from sae.errors import InputError
 
 Tree = TypeVar("Tree")
 _FORMAT = 1
+_FIELDS = {"format": int, "step": int, "digest": str, "leaves": dict, "cursor": dict}
 
 
 def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | None = None, keep: int = 3) -> Path:
@@ -38,10 +40,17 @@ def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | 
     for path in (Path(directory), place):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: found a file, expected a directory of checkpoints")
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "state.json").unlink(missing_ok=True)  # a step saved again is not whole until its new note stands
-    files.commit(place / "state.safetensors", data)
-    files.commit(place / "state.json", files.dump_json(note))
+    spelled = files.dump_json(note)
+    made = [path for path in (place, Path(directory)) if not path.exists()]
+    try:
+        files.make_directory(place)
+        (place / "state.json").unlink(missing_ok=True)  # a step saved again is not whole until its new note stands
+        files.commit(place / "state.safetensors", data)
+        files.commit(place / "state.json", spelled)
+    except OSError:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
     files.fsync_directory(Path(directory))
     for older in steps(directory)[:-keep]:
         shutil.rmtree(Path(directory) / f"{older:08d}")
@@ -50,8 +59,8 @@ def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | 
 
 def steps(directory: str | Path) -> list[int]:
     """The steps of the whole checkpoints in a directory, rising."""
-    found = Path(directory).glob("*/state.json")
-    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
+    names = [path.parent.name for path in Path(directory).glob("*/state.json")]
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]{8}|[1-9][0-9]{8,18}", name))
 
 
 def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any], int]:
@@ -62,11 +71,10 @@ def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tr
     step = known[-1] if step is None else step
     place = Path(directory) / f"{step:08d}"
     note = files.read_json(place / "state.json")
-    for field in ("format", "digest", "leaves", "cursor"):
-        if field not in note:
-            raise InputError(f"{place / 'state.json'}: {field}: found none, expected it")
-    if note["format"] != _FORMAT:
-        raise InputError(f"{place / 'state.json'}: format: found {note['format']}, expected {_FORMAT}")
+    files.check_fields(place / "state.json", note, _FIELDS)
+    if note["format"] != _FORMAT or note["step"] != step:
+        found = f"format {note['format']!r:.40}, step {note['step']!r:.40}"
+        raise InputError(f"{place / 'state.json'}: found {found}, expected format {_FORMAT}, step {step}")
     path = place / "state.safetensors"
     try:
         data = path.read_bytes()
@@ -75,7 +83,7 @@ def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tr
             f"{path}: found no readable file ({error.strerror}), expected a checkpoint's arrays"
         ) from error
     if (found := files.digest(data)) != note["digest"]:
-        raise InputError(f"{path}: digest: found {found}, expected {note['digest']}")
+        raise InputError(f"{path}: digest: found {found}, expected {note['digest']!r:.80}")
     return _restore(path, like, files.map_tensors(path)), note["cursor"], step  # safetensors.numpy.load knows no bf16
 
 

@@ -1,11 +1,44 @@
 """What training is told."""
 
 import dataclasses
-import math
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, NamedTuple
 
 from sae.errors import InputError
 from sae.forms.abstract import AbstractDictionary
+
+MOST = 2**31 - 1  # steps and tokens are counted in int32
+GREATEST, LEAST = 3.4e38, 2.0**-126  # numbers are float32 on the device: others are infinite or 0 there
+
+
+class Rule(NamedTuple):
+    """The values that a number may have."""
+
+    kind: type
+    least: float
+    most: float
+    expected: str
+
+    def check(self, name: str, value: object) -> None:
+        right = isinstance(value, self.kind) and not isinstance(value, bool)
+        if not right or not self.least <= value <= self.most:  # pyright: ignore[reportOperatorIssue]
+            raise InputError(f"{name}: found {value!r:.80}, expected {self.expected}")
+
+
+_FROM_0 = Rule(Integral, 0, MOST, f"a whole number from 0 to {MOST}")
+_FROM_1 = Rule(Integral, 1, MOST, f"a whole number from 1 to {MOST}")
+_NOT_NEGATIVE = Rule(Real, 0, GREATEST, "a finite number of at least 0")
+_POSITIVE = Rule(Real, LEAST, GREATEST, "a finite number above 0")
+_SHARE = Rule(Real, 0, 1 - 2.0**-24, "a number from 0 to below 1")  # the greatest float32 below 1
+RULES = {
+    "steps": _FROM_1, "warmup_steps": _FROM_0, "decay_steps": _FROM_0, "sparsity_warmup_steps": _FROM_0,
+    "k_aux": _FROM_0, "dead_after": _FROM_1, "candidates": _FROM_1,
+    "learning_rate": _NOT_NEGATIVE, "sparsity": _NOT_NEGATIVE, "target_l0": _NOT_NEGATIVE, "aux": _NOT_NEGATIVE,
+    "bias_rate": _NOT_NEGATIVE, "bandwidth": _POSITIVE, "eps": _POSITIVE, "clip_norm": _POSITIVE,
+    "b1": _SHARE, "b2": _SHARE, "threshold_decay": _SHARE, "average_decay": _SHARE,
+}  # fmt: skip
+OPTIONAL = {"k_aux", "b2", "clip_norm", "average_decay", "bias_rate"}
+CHOICES = {"product_dtype": ("float32", "bfloat16"), "bias_start": ("zero", "median")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +73,12 @@ class TrainConfig:
     bias_start: Literal["zero", "median"] = "zero"  # of b_dec: the mean (after centring) or the geometric median
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps: found {self.steps}, expected at least 1")
-        if self.steps >= 2**31:
-            raise InputError(f"steps: found {self.steps}, expected below 2147483648")
-        if not 1 <= self.dead_after < 2**31:
-            raise InputError(f"dead_after: found {self.dead_after}, expected 1 to 2147483647")
-        for name in ("learning_rate", "sparsity", "target_l0", "aux", "warmup_steps", "decay_steps", "bandwidth"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise InputError(f"{name}: found {value}, expected a finite number of at least 0")
-        if self.bandwidth == 0:
-            raise InputError(f"bandwidth: found {self.bandwidth}, expected a number above 0")
-        if self.product_dtype not in ("float32", "bfloat16"):
-            raise InputError(f"product_dtype: found {self.product_dtype!r}, expected 'float32' or 'bfloat16'")
+        for name, rule in RULES.items():
+            if (value := getattr(self, name)) is not None or name not in OPTIONAL:
+                rule.check(name, value)
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"{name}: found {value!r:.80}, expected {' or '.join(map(repr, choices))}")
         if self.warmup_steps + self.decay_steps > self.steps:
             found = f"{self.warmup_steps} + {self.decay_steps}"
             raise InputError(f"warmup_steps + decay_steps: found {found}, expected at most steps={self.steps}")

@@ -6,10 +6,13 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int32
 
+from sae import shown
 from sae.errors import InputError
 from sae.forms.abstract import AbstractDictionary
 from sae.forms.ksparse import AbstractKSparse
@@ -32,6 +35,14 @@ class TrainState(eqx.Module):
     mean_out: Float32[Array, "..."]
     bad_step: Int32[Array, "*members"]  # the first step whose loss was not finite, −1 if none; from it on nothing moves
 
+    def __repr__(self) -> str:
+        step = shown.short(self.step)
+        if isinstance(self.step, jax.Array) and not isinstance(self.step, Tracer):
+            gone = self.step.is_deleted()  # `run` donates its state
+            taken = [] if gone else sorted({*np.ravel(self.step).tolist()})
+            step = "donated" if gone else " to ".join(str(number) for number in {taken[0]: 0, taken[-1]: 0})
+        return f"TrainState({self.module}, step {step}{'' if self.average is None else ', averaged'})"
+
 
 class StepMetrics(NamedTuple):
     """Per step, on the batch it trained on."""
@@ -53,6 +64,8 @@ def init(
         raise InputError(f"sample: found rows of shape {sample.shape[1:]}, expected {module.reads}")
     if target is None and module.writes != module.reads:
         raise InputError(f"target: found none, expected rows of d_out={module.writes[-1]} for a transcoder")
+    if config.target_l0 > module.d_sae:
+        raise InputError(f"target_l0: found {config.target_l0}, expected at most d_sae={module.d_sae}")
     module = module.balanced() if config.frees(module) else module
     mean, scale = _standards(sample, config)
     mean_out, scale_out = (mean, scale) if target is None else _standards(target, config)
