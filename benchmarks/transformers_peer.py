@@ -26,7 +26,12 @@ def main() -> None:
     model.to(device)
     rows = [measure(model, device, batch, width, ask) for batch in ask["batches"] for width in ask["prompts"]]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    print(json.dumps({"versions": versions, "rows": rows}))
+    answer = {"versions": versions, "rows": rows}
+    if "training" in ask:
+        answer["training_ms"] = {
+            name: train(model, device, name, **ask["training"]) for name in ("float32", "bfloat16")
+        }
+    print(json.dumps(answer))
 
 
 @torch.inference_mode()
@@ -51,6 +56,26 @@ def measure(model, device, batch, width, ask) -> dict:
         "prefill_ms": 1e3 * statistics.median(prefills),
         "step_ms": 1e3 * statistics.median(steps) if steps else None,
     }
+
+
+def train(model, device, dtype, batch, seq, steps) -> float:
+    """Median milliseconds of a step of AdamW on random documents; bfloat16 by autocast, weights in float32."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    ids = torch.randint(0, model.config.vocab_size, (batch, seq), device=device)
+
+    def one():
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(ids[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    timed(one)  # not counted
+    return 1e3 * statistics.median(timed(one)[1] for _ in range(steps))
 
 
 def step(model, token, past):

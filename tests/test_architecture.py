@@ -53,7 +53,7 @@ ORDER = {
             "prompts", "completions", "corpus", "places", "texts", "loading", "rows", "splicing", "sources",
             "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
-            "exactness", "lm_settings", "lm_runs", "exams",
+            "exactness", "lm_settings", "cards", "lm_runs", "exams",
         ],
     },
 }  # fmt: skip

@@ -16,6 +16,7 @@ RUNS = {
     "reading": ["--prompt", "20", "--layers", "1", "--repeats", "1", "--runs", "2", "--patched-prompt", "9"],
     "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
     "sae_step": ["--calls", "1", "--members", "2"],
+    "train": ["--batch", "2", "--seq", "17", "--steps", "1", "--repeats", "1"],
     "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],
     "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
 }  # fmt: skip

@@ -95,8 +95,8 @@ def test_what_does_not_fit_counts_as_wrong(model):
 
 def test_the_command_writes_means_apart(tmp_path: Path):
     config = evaluate_lm.Config(
-        sides=(3, 4), tasks_per_family=1, votes=2, max_new_tokens=4, random=False, data=("arc-agi-1/training",), data_limit=2,
-        out=tmp_path,
+        sides=(3, 4), tasks_per_family=1, votes=2, max_new_tokens=4, random=False, data=("arc-agi-1/training",),
+        data_limit=2, out=tmp_path,
     )  # fmt: skip
     said = run(evaluate_lm, config)
     assert "mean of the families never trained on" in said

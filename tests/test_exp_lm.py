@@ -1,6 +1,7 @@
 """train_lm.py: tasks in an order that seed and step alone fix, runs stopped and resumed, models that others open."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -58,6 +59,9 @@ def test_a_model_directory_comes_out_with_its_history(trained: Path):
     measured = [line for line in lines if "families" in line]
     assert [line["step"] for line in measured] == [4, 8]
     assert set(measured[0]["families"]) == {"mirror", "gravity", "scale", "frame"}
+    card = (trained / lm_runs.MODEL / "README.md").read_text()
+    assert hashlib.sha256(weights(trained)).hexdigest() in card
+    assert "| frame, never trained on | " in card
     assert (trained / "loss.svg").read_text().startswith("<?xml")
 
 

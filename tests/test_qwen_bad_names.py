@@ -86,7 +86,10 @@ def test_tokenizer(single: Path, damage: Damage, message: str):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny-ark", "found 'tiny-ark', expected an embedded name (tiny-random), a directory, or a hub id ORG/NAME"),
+        (
+            "tiny-ark",
+            "found 'tiny-ark', expected an embedded name (tiny-arc, tiny-random), a directory, or a hub id ORG/NAME",
+        ),
         ("", "expected an embedded name"),
         ("/nowhere/at/all", "found '/nowhere/at/all', expected an embedded name"),
         ("./model", "expected an embedded name"),

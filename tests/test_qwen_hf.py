@@ -171,7 +171,7 @@ def test_a_tied_checkpoint_may_repeat_its_embedding(tmp_path: Path):
 
 
 def test_the_embedded_model():
-    assert embedded_models() == ["tiny-random"]
+    assert embedded_models() == ["tiny-arc", "tiny-random"]
     model, tokenizer = qwen_eqx.from_pretrained("tiny-random")
     assert model.dtype == jnp.bfloat16
     assert model.config.vocab == tokenizer.vocab_size == 512

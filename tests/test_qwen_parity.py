@@ -96,9 +96,10 @@ def test_a_directory_saved_here_opens_there(tmp_path_factory, config: qwen_eqx.Q
     np.testing.assert_allclose(model(jnp.asarray(ids)), their_logits(opened.eval(), ids), **tolerances.LOGITS_F32)
 
 
+@pytest.mark.parametrize("name", ["tiny-arc", "tiny-random"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_embedded_model_saved_in_any_dtype(dtype: str, tmp_path: Path):
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=dtype)
+def test_the_embedded_models_saved_in_any_dtype(name: str, dtype: str, tmp_path: Path):
+    model, tokenizer = qwen_eqx.from_pretrained(name, dtype=dtype)
     qwen_eqx.save_pretrained(model, tokenizer, tmp_path)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "### Input 123"}], add_generation_prompt=True)
     wide = load_model(tmp_path, dtype=jnp.float32)
@@ -122,9 +123,10 @@ def test_transformers_saves_it_back_for_us(tmp_path: Path):
     assert set(opened.eos_ids) == set(tokenizer.eos_ids)
 
 
-def test_greedy_tokens_of_the_embedded_model():
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
-    reference = theirs(TINY)
+@pytest.mark.parametrize("name", ["tiny-arc", "tiny-random"])
+def test_greedy_tokens_of_the_embedded_models(name: str):
+    model, tokenizer = qwen_eqx.from_pretrained(name, dtype=jnp.float32)
+    reference = theirs(EMBEDDED / name)
     texts = ["### Input\n\n```grid shape: 2x2\n1 00\n2 00\n```", "Hello", "You will be given a task. " * 8]
     rows = [tokenizer.encode(text) for text in texts]
     out = qwen_eqx.generate(model, rows, max_new_tokens=40)

@@ -12,7 +12,7 @@ import numpy as np
 import arc
 import qwen_eqx
 from qwen_eqx import training
-from qwen_lab import exactness, files, lessons, provenance, stopping, wording
+from qwen_lab import cards, exactness, files, lessons, provenance, stopping, wording
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.lm_settings import LMConfig, check, course, settled, start, train_config
 from sae.training import checkpoint
@@ -95,6 +95,8 @@ class LMRun:
         low, high = self.config.sides
         said = {"encoder": self.config.encoder, "prompt": self.config.prompt, "tasks": f"procedural/{low}-{high}"}
         qwen_eqx.save_pretrained(model, wording.saying(self.tokenizer, **said), self.config.out / MODEL)
+        card = cards.text(self.config.out / MODEL, self.config, self.history, model.config.parameters)
+        files.write_text(self.config.out / MODEL / cards.CARD, card)
         return next((line for line in reversed(self.history) if "families" in line), {})
 
     def _due(self, every: int, taken: int) -> bool:
@@ -109,6 +111,7 @@ class LMRun:
             "exact": float(sums.exact_rate()),
             "gradient_norm": float(np.asarray(metrics.gradient_norm).mean()),
             "learning_rate": float(np.asarray(metrics.learning_rate)[-1]),
+            "seconds": round(seconds, 3),
             "tokens_per_s": round(documents * self.config.context_length / seconds, 1),
         }
         self._append(line)
