@@ -22,7 +22,7 @@ from rich.text import Text
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, completions, files, flags, loading, locks, prompts, provenance, wording
+from qwen_lab import bounds, cli, completions, files, flags, loading, locks, prompts, provenance, texts, wording
 from qwen_lab.bounds import Count, CountOrNone, Strength, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary
@@ -58,13 +58,13 @@ def main(config: Config) -> None:
     loaded = sae.load_with_metadata(config.sae)
     if config.latent is not None and not 0 <= config.latent < loaded.module.d_sae:
         raise InputError(f"--latent: found {config.latent}, expected 0 to {loaded.module.d_sae - 1}")
-    model, tokenizer, _ = config.load_model([loaded.metadata])
+    model, tokenizer, name = config.load_model([loaded.metadata])
     dictionary = config.dictionary(config.sae, loaded, model.config)
     place = dictionary.place
     if not clampable(dictionary) and config.mode == "clamp":
         raise InputError(f"--mode: found clamp for a dictionary of {place}, expected add: it reads other sites too")
     config = wording.filled(config, tokenizer, loaded.metadata)
-    items = make_items(config, loaded.metadata, model.config, tokenizer)
+    items = make_items(config, loaded.metadata, model.config, tokenizer, name)
     latent, peak = pick(model, dictionary, items, config.latent)
     value = config.strength * (peak or 1.0)
     verb = f"plus {value:.3g} times" if config.mode == "add" else f"with the value held at {value:.3g} of"
@@ -100,10 +100,13 @@ def compare(
 
 
 def make_items(
-    config: Config, metadata: Mapping[str, Any], model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer
+    config: Config, metadata: Mapping[str, Any], model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer, name: str
 ) -> list[Item]:
-    """Those test inputs of tasks the SAE was not trained on whose prompts fit."""
-    _, tasks = loading.unseen_tasks(metadata, config.tasks)
+    """Those test inputs of tasks the SAE was not trained on whose prompts fit; other text than its own is said first."""
+    source, tasks = loading.unseen_tasks(metadata, config.tasks)
+    read = texts.Text(name, source, config.encoder, config.prompt, f"sha256:{tokenizer.digest}")
+    for line in texts.warnings(read, {config.sae: texts.Text.of_metadata(metadata)}):
+        cli.console.print(line, markup=False)
     budget = min(config.max_prompt or model.max_seq, model.max_seq)
     asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
     return prompts.items(tasks[: config.limit], tokenizer, asking, too_long="skip")

@@ -285,9 +285,14 @@ def test_steering_shows_before_and_after(trained: Path, tmp_path: Path, mode: An
     said = run(steer, dataclasses.replace(config, strength=40.0))
     assert "before" in said
     assert "after" in said
+    assert "other text" not in said
     assert json.loads((tmp_path / "steer.json").read_text())["changed"] > 0
     if mode == "add":
-        run(steer, dataclasses.replace(config, strength=0.0))
+        other = run(steer, dataclasses.replace(config, strength=0.0, encoder="shape(minimal)"))
+        assert (
+            f"other text than {config.sae} learned: found encoder shape(minimal); trained on encoder shape(rows"
+            in other
+        )
         assert json.loads((tmp_path / "steer.json").read_text())["changed"] == 0
 
 

@@ -20,7 +20,12 @@ def text(directory: Path, config: LMConfig, history: Sequence[Mapping[str, Any]]
     measured = next((line for line in reversed(history) if "families" in line), None)
     steps = trained[-1]["step"] if trained else 0
     seconds = sum(line["seconds"] for line in trained if "seconds" in line)
-    flags = {name: value for name, value in settled(config).items() if value != getattr(LMConfig, name, None)}
+    usual = settled(LMConfig())
+    flags = [
+        f"--{name.replace('_', '-')} {_said(value)}" for name, value in settled(config).items() if value != usual[name]
+    ]
+    command = " ".join(["python experiments/train_lm.py", *flags])
+    each = config.accumulate * config.batch_size
     device = jax.devices()[0]
     sides = f"{config.sides[0]} to {config.sides[1]}"
     lines = [
@@ -32,12 +37,11 @@ def text(directory: Path, config: LMConfig, history: Sequence[Mapping[str, Any]]
         "| | |",
         "|---|---|",
         f"| prompt | format `{config.prompt}`, encoder `{config.encoder}`, in the chat template of this directory |",
-        f"| data | {steps * config.accumulate * config.batch_size:,} tasks, each seen once, of the families below; "
-        f"colours permuted, {config.turned:.0%} turned or mirrored |",
+        f"| data | {steps * each:,} tasks, each seen once, of the families below; colours permuted, "
+        f"{config.turned:.0%} turned or mirrored |",
         f"| loss | next tokens of {'all outputs' if config.learn == 'outputs' else config.learn} |",
-        f"| recipe | `python experiments/train_lm.py`, {steps:,} steps of {config.accumulate * config.batch_size} "
-        f"tasks, {config.optimizer}, rate {config.lr:g}, seed {config.seed} |",
-        f"| flags | `{flags}` |",
+        f"| recipe | `{command}`: {steps:,} steps of {each} tasks, {config.optimizer}, rate {config.lr:g}, "
+        f"seed {config.seed} |",
         f"| machine | {device.platform}: {device.device_kind}; {seconds / 3600:.1f} hours |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in provenance.versions().items())} |",
         f"| digest | `sha256:{hashlib.sha256(weights).hexdigest()}` |",
@@ -53,6 +57,11 @@ def text(directory: Path, config: LMConfig, history: Sequence[Mapping[str, Any]]
         "",
     ]
     return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    """A value as a flag takes it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _results(config: LMConfig, measured: Mapping[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ class LMConfig:
     """Learning rate. It warms up, and falls to a tenth along a cosine."""
     warmup: Whole = 100
     """Steps of the warm-up."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """Muon moves the blocks' matrices, AdamW the rest."""
     weight_decay: Weight = 0.01
     """Of matrices."""
