@@ -10,7 +10,6 @@ if __name__ == "__main__":
     qwen_lab.stopping.install()  # before anything heavy is imported
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def main(config: Config) -> None:
     bounds.check(config)
     if not config.sink_times >= 0:
         raise InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
-    given = find_saes(config.sae)
+    given = loading.find(config.sae)
     loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in given.items()}
     model, tokenizer, model_name = config.load_model([one.metadata for one in loaded.values()])
     dictionaries = [config.dictionary(name, one, model.config) for name, one in loaded.items()]
@@ -142,27 +141,6 @@ def report(config: Config, data: Data, results: dict[str, dict[str, Any]]) -> No
     page = (config.out / first if len(results) > 1 else config.out) / "report.html"
     cli.console.print(f"wrote: {config.out / 'metrics.json'}, {page}{' …' if len(results) > 1 else ''}")
     cli.console.print(f"next: open {page}, then python experiments/steer.py --sae {row['source']}")
-
-
-def find_saes(given: Sequence[str]) -> dict[str, str]:
-    """Short name -> place; a directory that holds SAEs stands for all of them."""
-    sources = []
-    for place in given:
-        inside = sorted(map(str, (path.parent for path in Path(place).glob("**/cfg.json"))), key=_numbers_as_such)
-        sources += inside if len(inside) > 1 or (inside and inside != [place]) else [place]
-    parts = [Path(place).parts for place in sources]
-    shared = 0
-    while len(sources) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
-        shared += 1
-    names = ["-".join(p for p in part[shared if len(sources) > 1 else -1 :] if p != "sae") or "sae" for part in parts]
-    if len(set(names)) != len(names):
-        raise InputError(f"--sae: found {', '.join(given)}, expected each SAE once")
-    return dict(zip(names, sources, strict=True))
-
-
-def _numbers_as_such(text: str) -> list[tuple[int, str]]:
-    """k4 before k16."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def read_documents(

@@ -28,9 +28,8 @@ ORDER = {
     "arc": {
         "": [
             "errors", "files", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
-            "vote", "submission", "score", "family", "cells", "families_whole", "families_objects", "generators", "data",
-            "canvas",
-            "render",
+            "vote", "submission", "score", "family", "cells", "properties", "families_whole", "families_objects",
+            "generators", "data", "canvas", "render",
         ],
     },
     "sae": {
@@ -45,15 +44,15 @@ ORDER = {
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
         ],
-        "evaluation": ["metrics", "codes", "survey", "report"],
+        "evaluation": ["metrics", "codes", "matching", "survey", "report"],
     },
     "qwen_lab": {
         "": [
             "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "wording",
-            "prompts", "completions", "corpus", "places", "texts", "loading", "rows", "splicing", "sources",
+            "prompts", "completions", "corpus", "labels", "places", "texts", "loading", "rows", "splicing", "sources",
             "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
-            "exactness", "lm_settings", "cards", "lm_runs", "exams",
+            "exactness", "features", "lm_settings", "cards", "lm_runs", "exams",
         ],
     },
 }  # fmt: skip

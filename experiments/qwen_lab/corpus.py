@@ -37,6 +37,8 @@ class Document:
     tokens: list[int]
     offsets: list[tuple[int, int]]  # the characters of each token
     grids: list[PlacedGrid]
+    cells: list[Cell]  # of all its grids, the right answer's among them
+    pairs: int  # training pairs of the task: a cell of a later pair is the test's
 
     def pieces(self) -> list[str]:
         """The text of each token."""
@@ -104,7 +106,7 @@ def _document(task: arc.Task, test: int, tokenizer: qwen_eqx.Tokenizer, asking: 
         for grid, each in itertools.groupby(cells, key=lambda cell: (cell.pair, cell.part))
     ]
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    return Document(task.id, test, text, encoding.ids, list(encoding.offsets), placed)
+    return Document(task.id, test, text, encoding.ids, list(encoding.offsets), placed, cells, len(task.train))
 
 
 def _placed(title: str, cells: list[Cell]) -> PlacedGrid:

@@ -96,6 +96,23 @@ def exact_by_family(path: Path, results: Mapping[str, Mapping[str, float]], orde
     return _said(path)
 
 
+def features(path: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of the best pairs of latent and property of the first dictionary, the F1 beside each control's best."""
+    pairs = next(iter(results.values()))["pairs"] if results else []
+    with _figure(path, columns=1) as (ax,):
+        rows = np.arange(len(pairs))[::-1]
+        ways = {"latent": [line["f1"] for line in pairs]}
+        for control in pairs[0]["controls"] if pairs else ():
+            ways[control] = [line["controls"][control] for line in pairs]
+        for number, (way, values) in enumerate(ways.items()):
+            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            ax.plot(values, rows, mark, color=colour, markersize=3, label=way)
+        ax.set(yticks=rows, xlabel="F1 on held-out tasks", xlim=(0, 1.02))
+        ax.set_yticklabels([line["property"] for line in pairs], fontsize=4)
+        ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return _said(path)
+
+
 def densities(path: Path, counts: np.ndarray, edges: np.ndarray, dead: int) -> str:
     """How many latents fire how often."""
     with _figure(path, columns=1) as (ax,):

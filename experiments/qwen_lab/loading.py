@@ -1,6 +1,7 @@
 """Saved dictionaries put back: the model, place and tasks that flags name, or else what they say of themselves."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -94,3 +95,24 @@ def unseen_tasks(metadata: Mapping[str, Any], tasks: str | None) -> tuple[str, l
     if not picked:
         raise InputError(f"--tasks: found none of the SAE's held-out tasks in {name}, expected them; name others")
     return name, picked
+
+
+def find(given: Sequence[str]) -> dict[str, str]:
+    """Short name -> place; a directory that holds SAEs stands for all of them."""
+    sources = []
+    for place in given:
+        inside = sorted(map(str, (path.parent for path in Path(place).glob("**/cfg.json"))), key=_numbers_as_such)
+        sources += inside if len(inside) > 1 or (inside and inside != [place]) else [place]
+    parts = [Path(place).parts for place in sources]
+    shared = 0
+    while len(sources) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    names = ["-".join(p for p in part[shared if len(sources) > 1 else -1 :] if p != "sae") or "sae" for part in parts]
+    if len(set(names)) != len(names):
+        raise InputError(f"--sae: found {', '.join(given)}, expected each SAE once")
+    return dict(zip(names, sources, strict=True))
+
+
+def _numbers_as_such(text: str) -> list[tuple[int, str]]:
+    """k4 before k16."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
