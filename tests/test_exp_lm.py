@@ -79,6 +79,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tm
         with pytest.raises((stopping.Stopped, KeyboardInterrupt)):
             run(train_lm, small(tmp_path, eval_every=5))
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    assert "2 steps of 3 tasks" in (tmp_path / lm_runs.MODEL / "README.md").read_text()
     assert "going on from step 2 of 8" in run(train_lm, small(tmp_path))
     assert weights(tmp_path) == weights(trained)
     whole = [json.loads(line)["step"] for line in (tmp_path / lm_runs.METRICS).read_text().splitlines()]

@@ -79,6 +79,7 @@ class LMRun:
                 if self._due(config.checkpoint_every, taken) or stopping.asked():
                     self._save()
                 if stopping.asked() and self.step < config.steps:
+                    self.finish()  # what was learned so far may be used
                     stopping.check()
                 begin = time.perf_counter()
         except training.NotFinite as error:
@@ -89,7 +90,7 @@ class LMRun:
             made.close()  # pyright: ignore[reportAttributeAccessIssue]
 
     def finish(self) -> dict[str, Any]:
-        """Saves the model as a directory that transformers opens; returns the last measurement."""
+        """Saves the model as it is now as a directory that transformers opens; returns the last measurement."""
         model = training.merge(self.state.model)
         model = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model)
         low, high = self.config.sides
