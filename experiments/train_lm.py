@@ -15,13 +15,15 @@ from qwen_lab.lm_settings import LMConfig
 
 
 def main(config: LMConfig) -> None:
+    run = LMRun(config)
     with locks.claimed(config.out):
-        train(config)
+        run.open()
+        train(run)
 
 
-def train(config: LMConfig) -> None:
+def train(run: LMRun) -> None:
     """From the last checkpoint to a model directory."""
-    run = LMRun.start(config)
+    config = run.config
     parameters = run.model.config.parameters
     cli.console.print(
         f"{parameters:,} parameters, {len(run.course.families)} families, "

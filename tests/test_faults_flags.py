@@ -34,6 +34,13 @@ TABLE = [  # command, flags ({file} is a path below)
     ("extract", "--dtype", "int8"), ("extract", "--sed", "3"), ("extract", "stray"), ("extract", "--seed", "x" * 5000),
     ("solve_arc", "--colours", "maybe"), ("solve_arc", "--temperature", "warm"), ("steer", "--strength", ""),
     ("evaluate_sae", "--k", "all"), ("transform_dataset", "--max-samples", "many"), ("make_tiny_random", "--layers", "3"),
+    ("train_lm", "--sides", "6,3"), ("train_lm", "--sides", "3"), ("train_lm", "--sides", "3,31"),
+    ("train_lm", "--lr", "nan"),    ("train_lm", "--steps", BIG), ("train_lm", "--families", "nothing"), ("train_lm", "--heads", "3"),
+    ("train_lm", "--context-length", "20"), ("train_lm", "--encoder", "nothing"), ("train_lm", "--turned", "2"),
+    ("train_lm", "--init", "x" * 5000), ("train_lm", "--tokenizer", "~nobody"), ("train_lm", "--optimizer", "sgd"),
+    ("evaluate_lm", "--model", "x" * 5000), ("evaluate_lm", "--held-out-families", "nothing"),
+    ("evaluate_lm", "--votes", "0"),    ("evaluate_lm", "--tasks-per-family", "0"), ("evaluate_lm", "--data", "/no/such"), ("evaluate_lm", "--sides", "0,3"),
+    ("find_features", "--sae", "/no/such"), ("find_features", "--best", "0"), ("find_features", "--seed", "-1"),
     ("make_tiny_random", "--seed", "-1"), ("make_tiny_random", "--seed", BIG), ("make_tiny_random", "--out", "{long}"),
 ]  # fmt: skip
 

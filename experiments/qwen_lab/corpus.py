@@ -64,8 +64,8 @@ def documents(
     tokenizer: qwen_eqx.Tokenizer,
     *,
     max_tokens: int,
-    encoder: str | Encoder = arc.DEFAULT_ENCODER,
-    format: str | PromptFormat = arc.DEFAULT_PROMPT,
+    encoder: str | Encoder | None = None,
+    format: str | PromptFormat | None = None,
 ) -> list[Document]:
     """Every test input that fits with its answer, with training pairs left out if need be."""
     asking = prompts.asking(tokenizer, budget=max_tokens, encoder=encoder, format=format)

@@ -150,7 +150,7 @@ def batches(
         except BrokenProcessPool:
             raise RunError("a process that makes tasks died; the last checkpoint is kept; run the same again") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 _TEACHERS: list[Teacher] = []

@@ -22,7 +22,7 @@ METRICS, MODEL = "metrics.jsonl", "model"
 
 
 class LMRun:
-    """`start`, `proceed`, `finish`."""
+    """`open`, `proceed`, `finish`; making one checks the flags and writes nothing."""
 
     def __init__(self, config: LMConfig):
         check(config)
@@ -31,25 +31,24 @@ class LMRun:
         if (most := self.model.config.max_seq) < config.context_length:
             raise InputError(f"--context-length: found {config.context_length}, expected at most the model's {most}")
         self.teacher = lessons.Teacher(self.course, self.tokenizer)
+        self.teacher.lesson(0)  # whether any fits the context
         self.state = training.init(self.model, train_config(config))
         self.step = 0
         self.history: list[dict[str, Any]] = []
         held_out = (*self.course.families, *config.held_out_families)
         self.tasks = list(arc.generators.held_out(config.sides, held_out, config.eval_tasks))
 
-    @classmethod
-    def start(cls, config: LMConfig) -> "LMRun":
-        """A new run in `config.out`, or the one that was cut off there; raises if another one stands there."""
-        run = cls(config)
-        files.fresh_directory(config.out)
-        files.expect_files(config.out, "run.json", METRICS, "loss.svg")
-        if checkpoint.steps(run.directory):
-            run.state, cursor, run.step = checkpoint.load(run.directory, run.state)
-            run._check_same(cursor)
-            run.history = cursor["history"]
-        run._write_history()
-        provenance.record_run(config.out, config)
-        return run
+    def open(self) -> None:
+        """Begins in the run's directory, or goes on where it was cut off there; raises if another run stands there."""
+        out = self.config.out
+        files.fresh_directory(out)
+        files.expect_files(out, "run.json", METRICS, "loss.svg")
+        if checkpoint.steps(self.directory):
+            self.state, cursor, self.step = checkpoint.load(self.directory, self.state)
+            self._check_same(cursor)
+            self.history = cursor["history"]
+        self._write_history()
+        provenance.record_run(out, self.config)
 
     @property
     def directory(self) -> Path:

@@ -10,6 +10,7 @@ from arc.ask import Request
 from arc.augment import IDENTITY
 from arc.encode import Encoder, as_encoder
 from arc.prompt import Prompt, PromptFormat, TooLong, as_format
+from qwen_lab import wording
 from qwen_lab.errors import InputError
 
 
@@ -34,15 +35,19 @@ def asking(
     tokenizer: qwen_eqx.Tokenizer,
     *,
     budget: int,
-    encoder: str | Encoder = arc.DEFAULT_ENCODER,
-    format: str | PromptFormat = arc.DEFAULT_PROMPT,
+    encoder: str | Encoder | None = None,
+    format: str | PromptFormat | None = None,
 ) -> arc.Asking:
-    """How tasks are put to this tokenizer's model: in its chat template, if it has one, and in at most `budget` tokens."""
+    """How tasks are put to this tokenizer's model: in its chat template, if it has one, and in at most `budget` tokens.
+
+    Encoder and format are those that the model's directory names, unless said.
+    """
     if budget < 1:
         raise InputError(f"--max-new-tokens: found {1 - budget} more than leave room for a prompt, expected fewer")
+    own = wording.USUAL | wording.of_model(tokenizer)
     return arc.Asking(
-        encoder=as_encoder(encoder),
-        format=as_format(format),
+        encoder=as_encoder(encoder or own["encoder"]),
+        format=as_format(format or own["prompt"]),
         template=tokenizer.render_chat if tokenizer.chat_template is not None else None,
         count=lambda text: len(tokenizer.encode(text)),
         budget=budget,
