@@ -31,7 +31,7 @@ from sae.evaluation import matching
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(loading.OnModel):
     sae: flags.Paths = ("runs/train_sae/sae",)
-    """SAE directories, files or hub ids; a directory that holds several stands for all of them."""
+    """SAE directory, file or hub id. A directory that holds several stands for all of them."""
     limit: CountOrNone = 120
     """Tasks to take, from the first; None takes all."""
     max_prompt: flags.MaxPrompt = 1024

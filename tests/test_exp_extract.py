@@ -14,7 +14,7 @@ import qwen_eqx
 import running
 import sae
 import tolerances
-from qwen_lab import errors, places
+from qwen_lab import errors, places, wording
 
 FLAGS = ("--limit", "2", "--max-new-tokens", "4", "--layers", "1,3", "--dtype", "float32", "--items-per-shard", "1")
 
@@ -37,7 +37,8 @@ def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
     assert store.sites == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
     items = [item for shard in store.shards for item in shard.items]
     model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
-    wanted = extract.make_items(extract.Config(limit=2, max_new_tokens=4), model.config, tokenizer)
+    asked = wording.filled(extract.Config(limit=2, max_new_tokens=4), tokenizer)
+    wanted = extract.make_items(asked, model.config, tokenizer)
     assert [(item["task"], item["test"]) for item in items] == [(item.task.id, item.test) for item in wanted]
     at = 0
     for number, item in enumerate(wanted):
@@ -57,7 +58,7 @@ def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
 def test_it_says_what_it_did_and_what_comes_next(extracted: tuple[Path, str]):
     out, said = extracted
     for part in (
-        "demonstration model",
+        "random weights",
         "--model",
         " prompt, ",
         " generated tok/s",

@@ -165,9 +165,9 @@ def test_a_lesson_is_the_prompt_and_its_right_answer(encoder: str, learn: str):
 
 
 def test_the_tasks_trained_on_are_none_of_those_measured():
-    held_out = {str(task.train) for task in arc.generators.held_out(SMALL.sides, SMALL.families, 8)}
+    held_out = {str(task.to_dict()) for task in arc.generators.held_out(SMALL.sides, SMALL.families, 8)}
     assert len(held_out) == 24
-    trained_on = {str(TEACHER.task(number).train) for number in range(200)}
+    trained_on = {str(TEACHER.task(number).to_dict()) for number in range(200)}
     assert not held_out & trained_on
 
 

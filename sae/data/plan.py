@@ -56,9 +56,9 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         found = files.read_json(path)
-        version = found.get("format_version", "nothing")
-        if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format_version: found {version!r:.80}, expected {FORMAT_VERSION}")
+        if (version := found.get("format_version")) != FORMAT_VERSION:
+            said = repr(version) if "format_version" in found else "nothing"
+            raise InputError(f"{path}: format_version: found {said:.80}, expected {FORMAT_VERSION}")
         files.check_fields(path, found, {"format_version": int, **_MANIFEST_FIELDS})
         files.check_fields(path, found["plan"], {"items": int, "items_per_shard": int}, prefix="plan.")
         for field, values in {"sites": found["sites"], "versions": found["versions"].values()}.items():
