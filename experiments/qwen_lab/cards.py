@@ -52,8 +52,8 @@ def text(directory: Path, config: LMConfig, history: Sequence[Mapping[str, Any]]
     lines += [
         "## What it cannot do",
         "",
-        f"It knows no other text than these puzzles in this format. Grids wider than {config.sides[1]} cells, other prompt",
-        "formats, rules that are no composition of what it saw, and nearly all of the ARC data sets are beyond it.",
+        f"It knows no other text than these puzzles in this format: not grids wider than {config.sides[1]} cells,",
+        "and not other prompt formats. `evaluate_lm.py --data` measures it on ARC's own tasks.",
         "",
     ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 DONE, BROKE, BAD_INPUT = 0, 1, 2
 
 DEMOS = {
-    "tiny-arc": "is a small model trained on made-up puzzles with grids of 3 to 6 a side; of others it solves next to none.",
+    "tiny-arc": "is a small model trained on made-up puzzles with grids of 3 to 6 a side; of others it solves few.",
     "tiny-random": "has random weights: it shows that everything runs, its answers mean nothing.",
 }
 console = Console(highlight=False, soft_wrap=True)
