@@ -172,7 +172,7 @@ def test_the_tasks_trained_on_are_none_of_those_measured():
 
 
 def test_the_measure_is_what_greedy_generation_answers(trained: Path):
-    """A model taught one task by heart: exact on it, and generation writes it."""
+    """Right and wrong agree, task by task; that both occur is shown where tokens are chosen (test_qwen_training)."""
     model, _ = qwen_eqx.from_pretrained(trained / lm_runs.MODEL, dtype=jnp.float32)
     tasks = list(arc.generators.held_out((3, 4), ("gravity", "mirror"), 3))
     found = exactness.exact(model, TEACHER, tasks)

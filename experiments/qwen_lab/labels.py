@@ -26,7 +26,8 @@ def of_document(document: Document) -> Bool[np.ndarray, "seq properties"]:
     """Every property of NAMES at every token."""
     owners = cells_of_tokens(document.cells, document.offsets)
     begun = min((cell.start for cell in document.cells if _is_answer(cell, document)), default=len(document.text))
-    masks = {key: _masks(document, key) for key in _grids(document)}
+    grids = _grids(document)
+    masks = {key: _masks(grids, key) for key in grids}
     rows = []
     for owner, piece, (start, _) in zip(owners, document.pieces(), document.offsets, strict=True):
         test = owner is not None and owner.pair >= document.pairs
@@ -61,9 +62,8 @@ def _grids(document: Document) -> dict[tuple[int, str], arc.Grid]:
     return found
 
 
-def _masks(document: Document, key: tuple[int, str]) -> np.ndarray:
+def _masks(grids: dict[tuple[int, str], arc.Grid], key: tuple[int, str]) -> np.ndarray:
     """[rows, cols, properties] of one grid, with those of an output beside its input."""
-    grids = _grids(document)
     masks = properties.of_grid(grids[key])
     if key[1] == "output":
         masks |= properties.of_output(grids[key[0], "input"], grids[key])

@@ -65,9 +65,7 @@ class LMRun:
                 self.state = state
                 taken = len(np.asarray(metrics.learning_rate))
                 self.step += taken
-                now = time.perf_counter()
-                self._remember(metrics, taken, now - begin)
-                begin = now
+                self._remember(metrics, taken, time.perf_counter() - begin)
                 line = self.history[-1]
                 rate = self._measured()
                 advance(
