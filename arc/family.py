@@ -1,5 +1,6 @@
 """A family of tasks: one rule with variants, of which the training pairs leave only what answers the test alike."""
 
+import itertools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ Draw = Callable[[np.random.Generator, int, int, Any], np.ndarray | None]
 Solve = Callable[[np.ndarray, Any], np.ndarray]
 """(input, variant) -> output."""
 TRIES = 400
+AND_THEN = "+"  # between the names of two families that are composed
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,16 @@ class Family:
             if len(pairs) == number:
                 return tuple(pairs)
         return None
+
+
+def composed(first: Family, second: Family) -> Family:
+    """One rule after another: the output of the first is the input of the second."""
+    name = f"{first.name}{AND_THEN}{second.name}"
+    rule = f"{first.rule.rstrip('.')}, and then: {second.rule}"
+    return Family(
+        name,
+        rule,
+        lambda rng, rows, cols, variant: first.draw(rng, rows, cols, variant[0]),
+        lambda cells, variant: second.solve(first.solve(cells, variant[0]), variant[1]),
+        tuple(itertools.product(first.variants, second.variants)),
+    )

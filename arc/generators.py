@@ -7,7 +7,7 @@ from itertools import count
 from arc.errors import InputError
 from arc.families_objects import OBJECTS
 from arc.families_whole import WHOLE
-from arc.family import Family
+from arc.family import AND_THEN, Family, composed
 from arc.task import Task
 
 HELD_OUT_SEEDS = 1_000_000  # tasks of lower seeds are for measuring: whoever trains takes higher ones
@@ -15,6 +15,18 @@ PROCEDURAL = "procedural"  # the name of these as a source of tasks
 SIDES = (3, 6)
 EACH = 40
 FAMILIES: dict[str, Family] = {family.name: family for family in (*WHOLE, *OBJECTS)}
+COMPOSITIONS = (
+    "gravity+mirror",
+    "extend_line+frame",
+    "denoise+keep_half",
+    "fill_enclosed+mirror",
+    "crop_to_object+frame",
+    "outline+recolour",
+    "sort+frame",
+    "draw_lines+keep_half",
+    "mark_largest+mirror",
+    "recolour+scale",
+)  # two rules in turn, for measuring; any two families compose
 
 
 def make_task(
@@ -22,10 +34,17 @@ def make_task(
 ) -> Task:
     """Task number `seed` of a family: the same for the same arguments, always solvable from its training pairs."""
     if isinstance(family, str):
-        if family not in FAMILIES:
-            raise InputError(f"family: found {family!r}, expected one of {', '.join(FAMILIES)}")
-        family = FAMILIES[family]
+        family = named(family)
     return family.task(seed, sides=sides, train=train, test=test)
+
+
+def named(family: str) -> Family:
+    """The family of that name; `gravity+mirror` is one rule after another."""
+    parts = family.split(AND_THEN)
+    if len(parts) > 2 or any(part not in FAMILIES for part in parts):
+        known = ", ".join(FAMILIES)
+        raise InputError(f"family: found {family!r:.80}, expected one of {known}, or two of them joined by {AND_THEN}")
+    return FAMILIES[family] if len(parts) == 1 else composed(FAMILIES[parts[0]], FAMILIES[parts[1]])
 
 
 def stream(

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 import qwen_eqx
 from qwen_eqx import PRESETS, GenerationState, Generator, InputError, Qwen, QwenConfig
 from qwen_eqx.model.layers import matmul, normal_weight
+from qwen_lab import allocation
 
 TINY = QwenConfig("qwen2", 320, 32, 2, 4, 2, 8, 64, 512, rope_theta=10_000.0, tied=True)  # to see that the script runs
 SMALL = QwenConfig(  # 45 M parameters: Qwen2.5's vocabulary on a narrow stream
@@ -34,6 +35,7 @@ ConfigT = TypeVar("ConfigT")
 def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     """Parses flags into `config` and runs `main`; wrong input is one line and exit code 2."""
     arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
+    allocation.keep()  # as every command does
     try:
         main(arguments)
     except InputError as error:
@@ -170,8 +172,9 @@ def peer(python: Path | None, config: QwenConfig, **ask: Any) -> dict[str, Any] 
 def ask_peer(python: Path, script: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What a script beside this one answers under another Python."""
     command = [str(python), str(Path(__file__).with_name(script))]
+    environment = os.environ | allocation.ENVIRONMENT
     try:
-        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=environment)
     except OSError as error:
         raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
     if done.returncode:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import arc
 import qwen_eqx
-from arc.generators import FAMILIES
+from arc.generators import COMPOSITIONS, FAMILIES
 from qwen_lab import bounds, cli, exams, figures, files, flags, locks, provenance, wording
 from qwen_lab.bounds import Count, Whole
 from qwen_lab.errors import InputError
@@ -42,6 +42,8 @@ class Config:
     """Held-out tasks of each family; 0 for none."""
     held_out_families: flags.Words = HELD_OUT_FAMILIES
     """Families that are never trained on, and measured apart."""
+    compositions: bool = True
+    """Measure tasks of two rules, one after the other, too."""
     data: flags.Paths = ()
     """Other sources of tasks, such as arc-agi-1/evaluation."""
     data_limit: Count = 400
@@ -74,7 +76,8 @@ def main(config: Config) -> None:
 
 def questions(config: Config) -> list[tuple[str, arc.Task]]:
     """(family or source, task)."""
-    made = arc.generators.held_out(config.sides, tuple(FAMILIES), config.tasks_per_family)
+    families = (*FAMILIES, *(COMPOSITIONS if config.compositions else ()))
+    made = arc.generators.held_out(config.sides, families, config.tasks_per_family)
     asked = [(task.id.rpartition("-")[0], task) for task in made]
     for source in config.data:
         known = [task for task in arc.load_tasks(source) if all(pair.output is not None for pair in task.test)]
@@ -107,10 +110,12 @@ def measure(
 
 def write(config: Config, results: dict[str, dict[str, float]], count: int, cut: int) -> None:
     """metrics.json, a picture, and a table with means of the families trained on and of those apart."""
-    procedural = [name for name in next(iter(results.values())) if name in FAMILIES]
+    first = next(iter(results.values()))
+    procedural = [name for name in first if name in FAMILIES]
     groups = {
         "mean of the trained families": [name for name in procedural if name not in config.held_out_families],
         "mean of the families never trained on": [name for name in procedural if name in config.held_out_families],
+        "mean of two rules in turn": [name for name in first if name in COMPOSITIONS],
     }
     means = {
         label: {how: float(np.mean([rates[name] for name in names])) for how, rates in results.items()}
@@ -120,7 +125,6 @@ def write(config: Config, results: dict[str, dict[str, float]], count: int, cut:
     files.write_json(
         config.out / "metrics.json", {"tasks": count, "too_long": cut, "means": means, "families": results}
     )
-    first = next(iter(results.values()))
     order = sorted(procedural, key=lambda name: -first[name]) + [name for name in first if name not in FAMILIES]
     table = Table("exact answers", *results, box=figures.SIMPLE_HEAD)
     for name in order:

@@ -26,7 +26,7 @@ def train(run: LMRun) -> None:
     config = run.config
     parameters = run.model.config.parameters
     cli.console.print(
-        f"{parameters:,} parameters, {len(run.course.families)} families, "
+        f"{parameters:,} parameters, {len(set(run.course.families))} families, "
         f"{config.accumulate * config.batch_size} tasks a step"
     )
     if run.step:

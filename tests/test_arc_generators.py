@@ -1,5 +1,7 @@
 """Every family does by hand-made examples what its sentence says, and its tasks can be solved."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 import arc
 from arc.family import Family
-from arc.generators import FAMILIES, make_task, stream
+from arc.generators import COMPOSITIONS, FAMILIES, make_task, named, stream
 
 
 def cells(text):
@@ -124,9 +126,26 @@ def test_too_little_room_is_said(name):
         make_task(name, 0, sides=(1, 1))
 
 
+@pytest.mark.parametrize("name", COMPOSITIONS)
+@given(seed=st.integers(0, 2**40))
+def test_a_composition_is_one_rule_after_the_other(name, seed):
+    first, second = (FAMILIES[part] for part in name.split("+"))
+    task, both = make_task(name, seed, sides=(3, 6)), named(name)
+    explained = [
+        (v, w) for v in first.variants for w in second.variants
+        if all(np.array_equal(second.solve(first.solve(p.input, v), w), p.output) for p in task.train)
+    ]  # fmt: skip
+    assert explained
+    assert explained == both.consistent(task.train)
+    assert all(np.array_equal(both.solve(p.input, v), p.output) for v in explained for p in task.test)
+
+
 def test_bad_arguments():
-    with pytest.raises(arc.InputError, match="family: found 'nothing', expected one of mirror, rotate"):
-        make_task("nothing", 0)
+    for unknown in ("nothing", "mirror+nothing", "mirror+mirror+mirror", "+", "mirror+"):
+        with pytest.raises(
+            arc.InputError, match=re.escape(f"family: found {unknown!r}, expected one of mirror, rotate")
+        ):
+            make_task(unknown, 0)
     for bad in ({"sides": (0, 3)}, {"sides": (3, 31)}, {"sides": (4, 3)}, {"train": 0}, {"test": 0}):
         with pytest.raises(arc.InputError, match="expected sides 1 to 30, pairs 1 up"):
             make_task("mirror", 0, **bad)

@@ -48,7 +48,8 @@ ORDER = {
     },
     "qwen_lab": {
         "": [
-            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "wording",
+            "errors", "allocation", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli",
+            "wording",
             "prompts", "completions", "corpus", "labels", "places", "texts", "loading", "rows", "splicing", "sources",
             "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",

@@ -100,9 +100,10 @@ def test_the_command_writes_means_apart(tmp_path: Path):
     )  # fmt: skip
     said = run(evaluate_lm, config)
     assert "mean of the families never trained on" in said
+    assert "mean of two rules in turn" in said
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert set(found["families"]) == {"greedy", "2 votes", "copy", "constant"}
-    assert "arc-agi-1/training" in found["families"]["greedy"]
+    assert {"arc-agi-1/training", *arc.generators.COMPOSITIONS} <= set(found["families"]["greedy"])
     assert (tmp_path / "families.svg").read_text().startswith("<?xml")
 
 

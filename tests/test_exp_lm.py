@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ import pytest
 import arc
 import qwen_eqx
 import train_lm
-from qwen_lab import exactness, lessons, lm_runs, stopping
+from qwen_eqx.training import Batch
+from qwen_lab import cards, exactness, lessons, lm_runs, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.lm_settings import LMConfig, course
 from running import run
@@ -54,7 +56,7 @@ def test_a_model_directory_comes_out_with_its_history(trained: Path):
     assert tokenizer.encode("0_\n") == qwen_eqx.from_pretrained("tiny-random")[1].encode("0_\n")
     lines = [json.loads(line) for line in (trained / lm_runs.METRICS).read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 4
+    assert len(losses) >= 4
     assert losses[-1] < losses[0]
     measured = [line for line in lines if "families" in line]
     assert [line["step"] for line in measured] == [4, 8]
@@ -78,9 +80,10 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tm
         patch.setattr(lm_runs.LMRun, "_due", lambda _, every, taken: every == 5 and os.kill(os.getpid(), number))
         with pytest.raises((stopping.Stopped, KeyboardInterrupt)):
             run(train_lm, small(tmp_path, eval_every=5))
-    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
-    assert "2 steps of 3 tasks" in (tmp_path / lm_runs.MODEL / "README.md").read_text()
-    assert "going on from step 2 of 8" in run(train_lm, small(tmp_path))
+    [step] = checkpoint.steps(tmp_path / "checkpoints")
+    assert step in (1, 2)  # one call: its second step shares it if it is as wide
+    assert f"{step} steps of 3 tasks" in (tmp_path / lm_runs.MODEL / "README.md").read_text()
+    assert f"going on from step {step} of 8" in run(train_lm, small(tmp_path))
     assert weights(tmp_path) == weights(trained)
     whole = [json.loads(line)["step"] for line in (tmp_path / lm_runs.METRICS).read_text().splitlines()]
     assert whole == sorted(whole)
@@ -102,15 +105,14 @@ def test_a_damaged_history_is_refused(trained: Path, tmp_path: Path):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch):
-    call = lessons.Teacher.call
+    window = lessons.Teacher.window
 
-    def spoiled(self, first: int, shape: tuple[int, int, int]):
-        given = call(self, first, shape)
-        if first >= 4 * 3:
-            given.weights[:] = np.inf
+    def spoiled(self, number: int, size: tuple[int, int]):
+        given = window(self, number, size)
+        given[4].weights[:] = np.inf
         return given
 
-    monkeypatch.setattr(lessons.Teacher, "call", spoiled)
+    monkeypatch.setattr(lessons.Teacher, "window", spoiled)
     with pytest.raises(RunError, match=r"step 4: the loss or its gradient is not finite.*checkpoint of step 4 is kept"):
         run(train_lm, small(tmp_path))
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
@@ -121,8 +123,21 @@ def test_fine_tuning_by_lora_goes_on_from_a_model_and_is_merged(trained: Path, t
     run(train_lm, small(tmp_path, init=first, lora_rank=2, steps=2))
     before, after = (qwen_eqx.from_pretrained(path)[0] for path in (first, tmp_path / lm_runs.MODEL))
     assert jax.tree.structure(before) == jax.tree.structure(after)
+    stages = json.loads((tmp_path / lm_runs.MODEL / cards.STAGES).read_text())["stages"]
+    assert [stage["steps"] for stage in stages] == [8, 2]
+    assert "--lora-rank 2" in stages[1]["command"]
+    assert "30 tasks, each seen once" in (tmp_path / lm_runs.MODEL / cards.CARD).read_text()
     assert (before.blocks[0].attn_norm.weight == after.blocks[0].attn_norm.weight).all()
     assert (before.blocks[0].attn.q.weight != after.blocks[0].attn.q.weight).any()
+
+
+def test_a_model_that_tells_its_stages_wrongly_is_refused(trained: Path, tmp_path: Path):
+    shutil.copytree(trained / lm_runs.MODEL, tmp_path / "model")
+    told = tmp_path / "model" / cards.STAGES
+    for said in ({"stages": [3]}, {"stages": [{"command": 1}]}, {"stages": {}}, []):
+        told.write_text(json.dumps(said))
+        with pytest.raises(ValueError, match=cards.STAGES):
+            run(train_lm, small(tmp_path / "out", init=str(tmp_path / "model"), steps=1))
 
 
 # ---------------------------------------------------------------- lessons
@@ -140,6 +155,42 @@ def test_batches_depend_on_seed_and_step_alone():
     assert len(set(whole)) == 6
     assert made(0, 4, 1) == whole
     assert made(3, 1, 0) == whole[3:]
+
+
+def test_a_window_deals_its_documents_by_length_and_loses_none():
+    each = int(np.prod((2, 3)))
+    for number in range(3):
+        window = TEACHER.window(number, (2, 3))
+        assert len(window) == lessons.WINDOW
+        first = number * lessons.WINDOW * each
+        expected = sorted(tuple(TEACHER.lesson(first + n).tokens) for n in range(lessons.WINDOW * each))
+        rows = [row for step in window for row in step.tokens.reshape(each, -1)]
+        assert sorted(tuple(row[: np.flatnonzero(row == TEACHER.tokenizer.eos_id)[-1] + 1]) for row in rows) == expected
+        spans = sorted((min(sizes), max(sizes)) for sizes in (_sizes(step) for step in window))
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+        assert len({step.tokens.shape[-1] for step in window}) <= lessons.WIDTHS
+
+
+def _sizes(step: Batch) -> list[int]:
+    rows = step.tokens.reshape(-1, step.tokens.shape[-1])
+    return [int(np.flatnonzero(row == TEACHER.tokenizer.eos_id)[-1]) for row in rows]
+
+
+def test_small_grids_are_drawn_more_often():
+    def sides(small: float) -> list[int]:
+        teacher = lessons.Teacher(dataclasses.replace(course(SMALL), sides=(2, 6), context=900, small=small))
+        tasks = [teacher.task(n) for n in range(200)]
+        return [max(*p.input.shape, *p.output.shape) for task in tasks for p in (*task.train, *task.test)]
+
+    whole, some = np.asarray(sides(0)), np.asarray(sides(1))
+    assert max(whole) == max(some) == 6
+    assert (some <= 4).mean() > (whole <= 4).mean() + 0.15
+
+
+def test_a_family_named_twice_is_drawn_twice_as_often():
+    teacher = lessons.Teacher(dataclasses.replace(course(SMALL), families=("mirror", "mirror", "gravity")))
+    drawn = [exactness.family_of(teacher.task(n)) for n in range(600)]
+    assert 340 < drawn.count("mirror") < 460
 
 
 @pytest.mark.parametrize("encoder", ["padded(4)", "shape(rows(minimal))"])
@@ -192,6 +243,7 @@ def test_the_measure_is_what_greedy_generation_answers(trained: Path):
         ({"families": ("nothing",)}, "--families: found 'nothing', expected one of mirror"),
         ({"families": ("frame",)}, "found every family, expected some left to train on"),
         ({"turned": 1.5}, "--turned: found 1.5, expected 0 to 1"),
+        ({"small": -1.0}, "--small: found -1.0, expected 0 to 1"),
         ({"heads": 3}, "--heads: found 3, expected a divisor of d_model=16"),
         ({"context_length": 20}, "--context-length: found 20, expected room for a task"),
         ({"context_length": 40_000}, "--context-length: found 40000, expected at most the model's 32768"),

@@ -129,6 +129,24 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tm
     assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 
+def test_an_l0_is_set_on_tasks_that_are_not_trained_on(tmp_path: Path, monkeypatch):
+    config = small(tmp_path, form="jumprelu", k=3, prompts=1, tasks="procedural/3-3", limit=7)
+    job = jobs.open_job(config)
+    assert job.source.training > 2
+    asked: list[int] = []
+    group = type(job.source).group
+    monkeypatch.setattr(type(job.source), "group", lambda self, number: asked.append(number) or group(self, number))
+    one = runs.Run.start(config, job.members, job.source)
+    one.proceed()
+    kept = range(one.training, job.source.training)
+    assert len(kept) >= 1
+    assert not set(asked) & set(kept)
+    [result] = one.finish(job.facts).values()
+    rows = sources.rows_in(job.source, kept, config.sink_times)[:, 0]
+    fired = (result.dictionary.module.encode(rows.astype(jnp.float32)) > 0).sum(-1).mean()
+    assert float(fired) == pytest.approx(3, rel=0.01)
+
+
 def test_the_command_line_stops_with_75_and_refuses_with_2(tmp_path: Path):
     flags = ("--limit", "4", "--held-out", "1", "--max-prompt", "512", "--buffer-rows", "16384", "--out", str(tmp_path))
     command = [sys.executable, str(ROOT / "experiments" / "train_sae.py"), *flags, "--steps", "100000"]

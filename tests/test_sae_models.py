@@ -76,6 +76,21 @@ def test_impossible_k_is_refused(k):
         make("relu").encode_sparse(jnp.ones((1, 8)))
 
 
+@pytest.mark.parametrize("l0", [0.5, 3.0, 6.5])
+def test_thresholds_set_by_rows_let_as_many_fire_as_asked(l0):
+    spread = 0.05 * jnp.exp(jax.random.normal(KEY, (16,)) / 4)
+    module = dataclasses.replace(make("jumprelu"), threshold=spread)
+    x = 6 * jax.random.normal(jax.random.key(1), (9000, 8))  # more than are looked at at once
+    asked = module.at_l0(x, l0)
+    assert float((asked.encode(x) > 0).sum(-1).mean()) == pytest.approx(l0, rel=1e-3)
+    ratio = np.asarray(asked.threshold / module.threshold)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+    for rows, wanted in ((x[:0], 2.0), (x, 0.0), (x, 16.0)):
+        with pytest.raises(InputError, match="at_l0: found"):
+            module.at_l0(rows, wanted)
+    assert make("relu").at_l0(x, l0).b_enc is not None  # others stay as they are
+
+
 def test_impossible_starts_are_refused():
     with pytest.raises(InputError, match="encoder_norm: found 0"):
         sae.TopK.init(d_model=4, d_sae=8, k=2, key=KEY, encoder_norm=0.0)

@@ -7,26 +7,69 @@ from typing import Any
 
 import jax
 
-from qwen_lab import provenance
+from qwen_eqx.weights import hub
+from qwen_lab import files, provenance
+from qwen_lab.errors import InputError
 from qwen_lab.lm_settings import LMConfig, settled
+from sae.files import read_json, typed
 
-CARD = "README.md"
+CARD, STAGES = "README.md", "training.json"
+_FIELDS = {"command": str, "steps": int, "tasks": int, "seconds": int, "machine": str, "versions": dict}
 
 
-def text(directory: Path, config: LMConfig, history: Sequence[Mapping[str, Any]], parameters: int) -> str:
-    """A model directory's README.md; `history` is the run's metrics.jsonl."""
-    weights = (directory / "model.safetensors").read_bytes()
+def write(
+    directory: Path,
+    config: LMConfig,
+    history: Sequence[Mapping[str, Any]],
+    parameters: int,
+    before: list[dict[str, Any]],
+) -> None:
+    """The card of a model directory and the stages it was trained in; `history` is the run's metrics.jsonl."""
+    stages = [*before, _stage(config, history)]
+    files.write_json(directory / STAGES, {"stages": stages})
+    files.write_text(directory / CARD, _text(directory, config, history, parameters, stages))
+
+
+def stages_before(config: LMConfig) -> list[dict[str, Any]]:
+    """The stages of the model that training went on from, as its directory tells them."""
+    if config.init is None:
+        return []
+    path = hub.locate(config.init) / STAGES
+    if not path.exists():
+        return []
+    stages = typed(path, read_json(path), "stages", list)
+    for number, stage in enumerate(stages):
+        if not isinstance(stage, dict) or any(not isinstance(stage.get(name), kind) for name, kind in _FIELDS.items()):
+            expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in _FIELDS.items())
+            raise InputError(f"{path}: stages[{number}]: found {stage!r:.80}, expected {expected}")
+    return stages
+
+
+def _stage(config: LMConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     trained = [line for line in history if "loss" in line]
-    measured = next((line for line in reversed(history) if "families" in line), None)
-    steps = trained[-1]["step"] if trained else 0
-    seconds = sum(line["seconds"] for line in trained if "seconds" in line)
-    usual = settled(LMConfig())
+    steps, usual, device = trained[-1]["step"] if trained else 0, settled(LMConfig()), jax.devices()[0]
     flags = [
         f"--{name.replace('_', '-')} {_said(value)}" for name, value in settled(config).items() if value != usual[name]
     ]
-    command = " ".join(["python experiments/train_lm.py", *flags])
-    each = config.accumulate * config.batch_size
-    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python experiments/train_lm.py", *flags]),
+        "steps": steps,
+        "tasks": steps * config.accumulate * config.batch_size,
+        "seconds": round(sum(line["seconds"] for line in trained if "seconds" in line)),
+        "machine": f"{device.platform}: {device.device_kind}",
+        "versions": provenance.versions(),
+    }
+
+
+def _text(
+    directory: Path,
+    config: LMConfig,
+    history: Sequence[Mapping[str, Any]],
+    parameters: int,
+    stages: list[dict[str, Any]],
+) -> str:
+    weights = (directory / "model.safetensors").read_bytes()
+    measured = next((line for line in reversed(history) if "families" in line), None)
     sides = f"{config.sides[0]} to {config.sides[1]}"
     lines = [
         "# A small Qwen that solves made-up puzzles",
@@ -37,13 +80,15 @@ def text(directory: Path, config: LMConfig, history: Sequence[Mapping[str, Any]]
         "| | |",
         "|---|---|",
         f"| prompt | format `{config.prompt}`, encoder `{config.encoder}`, in the chat template of this directory |",
-        f"| data | {steps * each:,} tasks, each seen once, of the families below; colours permuted, "
-        f"{config.turned:.0%} turned or mirrored |",
+        f"| data | {sum(stage['tasks'] for stage in stages):,} tasks, each seen once, of the families below; colours "
+        f"permuted, {config.turned:.0%} turned or mirrored |",
         f"| loss | next tokens of {'all outputs' if config.learn == 'outputs' else config.learn} |",
-        f"| recipe | `{command}`: {steps:,} steps of {each} tasks, {config.optimizer}, rate {config.lr:g}, "
-        f"seed {config.seed} |",
-        f"| machine | {device.platform}: {device.device_kind}; {seconds / 3600:.1f} hours |",
-        f"| versions | {', '.join(f'{name} {version}' for name, version in provenance.versions().items())} |",
+    ]
+    for number, stage in enumerate(stages, 1):
+        lines.append(f"| stage {number} | `{stage['command']}`: {stage['steps']:,} steps, {stage['tasks']:,} tasks |")
+    lines += [
+        f"| machine | {stages[-1]['machine']}; {sum(stage['seconds'] for stage in stages) / 3600:.1f} hours |",
+        f"| versions | {', '.join(f'{name} {version}' for name, version in stages[-1]['versions'].items())} |",
         f"| digest | `sha256:{hashlib.sha256(weights).hexdigest()}` |",
         "",
     ]

@@ -13,7 +13,7 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import bounds, files, flags, stopping
+from qwen_lab import allocation, bounds, files, flags, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
@@ -38,6 +38,7 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
             bounds.check(arguments)
             _check_platform()
             _keep_compilations()
+            allocation.keep()
             main(arguments)
     except INPUT_ERRORS as error:
         _fail(BAD_INPUT, f"error: {error}")

@@ -27,6 +27,7 @@ def exact(model: qwen_eqx.Qwen, teacher: lessons.Teacher, tasks: Sequence[arc.Ta
     pairs = [(family_of(task), teacher.write(task)) for task in tasks]
     pairs = [(family, lesson) for family, lesson in pairs if len(lesson.tokens) <= teacher.course.context]
     found: dict[str, list[bool]] = {family: [] for family, _ in pairs}
+    pairs.sort(key=lambda pair: len(pair[1].tokens))  # a batch is as wide as its longest
     for begin in range(0, len(pairs), ROWS):
         part = pairs[begin : begin + ROWS]
         rows = [lesson for _, lesson in part] + [part[0][1]] * (ROWS - len(part))

@@ -1,9 +1,10 @@
 """Tasks as documents to learn from: tokens, what each weighs in the loss, and which of them are the answer."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal
@@ -20,7 +21,9 @@ from qwen_eqx.weights import hub
 from qwen_lab import prompts
 from qwen_lab.errors import InputError, RunError
 
-AHEAD = 4  # calls that are made while the device trains
+WINDOW = 8  # steps whose documents are sorted by length before they are dealt to the steps
+WIDTHS = 9  # of batches, at most: each is compiled
+AHEAD = 4  # windows that are made while the device trains
 TRIES = 100
 
 
@@ -31,6 +34,7 @@ class Course:
     tokenizer: str
     """Model directory or name."""
     families: tuple[str, ...]
+    """One that is named twice is drawn twice as often."""
     sides: tuple[int, int]
     encoder: str
     format: str
@@ -39,6 +43,8 @@ class Course:
     seed: int
     turned: float
     """Share of the tasks that are turned or mirrored; the colours of all are permuted."""
+    small: float
+    """Share of the tasks whose largest side is drawn anew from the sides, so that small grids are frequent."""
     learn: Literal["answer", "outputs", "all"]
     """Which tokens weigh in the loss: the test's output, all outputs, or everything."""
 
@@ -67,7 +73,10 @@ class Teacher:
         """Task `number` of the course, with its colours permuted and perhaps turned."""
         rng = np.random.default_rng([self.course.seed, number, attempt])
         family = self.course.families[rng.integers(len(self.course.families))]
-        task = arc.generators.make_task(family, int(rng.integers(HELD_OUT_SEEDS, 2**62)), sides=self.course.sides)
+        seed, (low, high) = int(rng.integers(HELD_OUT_SEEDS, 2**62)), self.course.sides
+        if rng.random() < self.course.small:
+            high = int(rng.integers(min(low + 1, high), high + 1))
+        task = arc.generators.make_task(family, seed, sides=(low, high))
         return arc.augment.sample(rng, symmetries=bool(rng.random() < self.course.turned)).apply(task)
 
     def lesson(self, number: int) -> Lesson:
@@ -108,8 +117,9 @@ class Teacher:
         )
 
     def padded(self, lessons: list[Lesson]) -> Batch:
-        """Lessons as the rows of a batch as wide as the context."""
-        shape = (len(lessons), self.course.context)
+        """Lessons as the rows of a batch, as wide as the longest needs: one of `WIDTHS` widths up to the context."""
+        longest, each = max(len(lesson.tokens) for lesson in lessons), -(-self.course.context // WIDTHS)
+        shape = (len(lessons), min(-(-longest // each) * each, self.course.context))
         tokens: Int32[np.ndarray, "batch seq"] = np.full(shape, self.tokenizer.pad_id, np.int32)
         weights, answer = np.zeros(shape, np.float32), np.zeros(shape, bool)
         for row, lesson in enumerate(lessons):
@@ -117,32 +127,66 @@ class Teacher:
             tokens[row, :size], weights[row, :size], answer[row, :size] = lesson.tokens, lesson.weights, lesson.answer
         return Batch(tokens, weights, answer)
 
-    def call(self, first: int, shape: tuple[int, int, int]) -> Batch:
-        """What one compiled call trains on, [steps, accumulate, batch, seq], from document `first` on."""
-        flat = self.padded([self.lesson(first + index) for index in range(int(np.prod(shape)))])
-        stacked = [leaf.reshape(*shape, -1) for leaf in (flat.tokens, flat.weights, flat.answer)]
-        return Batch(*stacked)
+    def window(self, number: int, size: tuple[int, int]) -> list[Batch]:
+        """The batches of `WINDOW` steps, each [accumulate, batch, seq]: documents of like length share a step.
+
+        Steps stand in random order; which documents a window holds does not depend on their lengths.
+        """
+        each = int(np.prod(size))
+        first = number * WINDOW * each
+        lessons = sorted((self.lesson(first + n) for n in range(WINDOW * each)), key=lambda lesson: len(lesson.tokens))
+        order = np.random.default_rng([self.course.seed, number]).permutation(WINDOW)
+        flat = [self.padded(lessons[place * each : (place + 1) * each]) for place in order]
+        return [Batch(*(leaf.reshape(*size, -1) for leaf in (b.tokens, b.weights, b.answer))) for b in flat]
 
 
 def batches(
     course: Course, step: int, steps: int, size: tuple[int, int], at_once: int, workers: int
 ) -> Iterator[Batch]:
-    """The batches of steps `step` to `steps`, `at_once` to a call, `size` = (accumulate, batch) documents to a step.
+    """The batches of steps `step` to `steps`, `size` = (accumulate, batch) documents to a step.
 
-    Made in `workers` processes beside, a few calls ahead; 0 makes them here.
+    A call takes consecutive steps of one width, at most `at_once`: [steps, accumulate, batch, seq].
     """
-    starts = range(step, steps, at_once)
-    calls = [(start * size[0] * size[1], (min(at_once, steps - start), *size)) for start in starts]
-    if not workers:
-        teacher = Teacher(course)
-        yield from (teacher.call(*call) for call in calls)
-        return
+    waiting: list[Batch] = []
+    with contextlib.closing(_each(course, step, steps, size, workers)) as each:
+        for batch in each:
+            if waiting and waiting[0].tokens.shape != batch.tokens.shape:
+                yield _stacked(waiting)
+                waiting = []
+            waiting.append(batch)
+            if len(waiting) == at_once:
+                yield _stacked(waiting)
+                waiting = []
+    if waiting:
+        yield _stacked(waiting)
+
+
+def _stacked(steps: list[Batch]) -> Batch:
+    return Batch(*(np.stack([getattr(step, name) for step in steps]) for name in ("tokens", "weights", "answer")))
+
+
+def _each(course: Course, step: int, steps: int, size: tuple[int, int], workers: int) -> Generator[Batch]:
+    """The batch of each step, made in `workers` processes beside, a few windows ahead; 0 makes them here."""
+    places = range(step // WINDOW, -(-steps // WINDOW))
+    made = _beside(course, places, size, workers) if workers else _here(Teacher(course), places, size)
+    with contextlib.closing(made):
+        for place, window in zip(places, made, strict=True):
+            first = place * WINDOW
+            yield from window[max(0, step - first) : steps - first]
+
+
+def _here(teacher: Teacher, places: range, size: tuple[int, int]) -> Generator[list[Batch]]:
+    for place in places:
+        yield teacher.window(place, size)
+
+
+def _beside(course: Course, places: range, size: tuple[int, int], workers: int) -> Generator[list[Batch]]:
     context = multiprocessing.get_context("spawn")  # a fork of a process with XLA's threads may hang
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(course,)) as pool:
-        waiting: list[Future[Batch]] = []
+        waiting: list[Future[list[Batch]]] = []
         try:
-            for call in calls:
-                waiting.append(pool.submit(_make, *call))
+            for place in places:
+                waiting.append(pool.submit(_make, place, size))
                 if len(waiting) > AHEAD:
                     yield waiting.pop(0).result()
             while waiting:
@@ -162,8 +206,8 @@ def _begin(course: Course) -> None:
     _TEACHERS[:] = [Teacher(course)]
 
 
-def _make(first: int, shape: tuple[int, int, int]) -> Batch:
-    return _TEACHERS[0].call(first, shape)
+def _make(place: int, size: tuple[int, int]) -> list[Batch]:
+    return _TEACHERS[0].window(place, size)
 
 
 def families(names: tuple[str, ...], held_out: tuple[str, ...]) -> tuple[str, ...]:

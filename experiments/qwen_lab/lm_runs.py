@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ class LMRun:
             raise InputError(f"--context-length: found {config.context_length}, expected at most the model's {most}")
         self.teacher = lessons.Teacher(self.course, self.tokenizer)
         self.teacher.lesson(0)  # whether any fits the context
+        self.before = cards.stages_before(config)
         self.state = training.init(self.model, train_config(config))
-        self.step = 0
+        self.step, self.tokens = 0, 0
         self.history: list[dict[str, Any]] = []
-        held_out = (*self.course.families, *config.held_out_families)
+        held_out = (*dict.fromkeys(self.course.families), *config.held_out_families)
         self.tasks = list(arc.generators.held_out(config.sides, held_out, config.eval_tasks))
 
     def open(self) -> None:
@@ -61,7 +62,7 @@ class LMRun:
         made = lessons.batches(self.course, self.step, config.steps, size, config.steps_per_call, config.workers)
         begin = time.perf_counter()
         try:
-            for state, metrics in training.fit(self.state, made, train_config(config)):
+            for state, metrics in training.fit(self.state, self._counted(made), train_config(config)):
                 self.state = state
                 taken = len(np.asarray(metrics.learning_rate))
                 self.step += taken
@@ -86,6 +87,11 @@ class LMRun:
         finally:
             made.close()  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _counted(self, made: Iterator[training.Batch]) -> Iterator[training.Batch]:
+        for batch in made:
+            self.tokens = batch.tokens.size  # of the call under way, padding included
+            yield batch
+
     def finish(self) -> dict[str, Any]:
         """Saves the model as it is now as a directory that transformers opens; returns the last measurement."""
         model = training.merge(self.state.model)
@@ -93,8 +99,7 @@ class LMRun:
         low, high = self.config.sides
         said = {"encoder": self.config.encoder, "prompt": self.config.prompt, "tasks": f"procedural/{low}-{high}"}
         qwen_eqx.save_pretrained(model, wording.saying(self.tokenizer, **said), self.config.out / MODEL)
-        card = cards.text(self.config.out / MODEL, self.config, self.history, model.config.parameters)
-        files.write_text(self.config.out / MODEL / cards.CARD, card)
+        cards.write(self.config.out / MODEL, self.config, self.history, model.config.parameters, self.before)
         return next((line for line in reversed(self.history) if "families" in line), {})
 
     def _due(self, every: int, taken: int) -> bool:
@@ -102,7 +107,6 @@ class LMRun:
 
     def _remember(self, metrics: training.StepMetrics, taken: int, seconds: float) -> None:
         sums = jax.tree.map(lambda leaf: np.asarray(leaf).sum(), metrics.totals)
-        documents = taken * self.config.accumulate * self.config.batch_size
         line = {
             "step": self.step,
             "loss": float(sums.mean()),
@@ -110,13 +114,13 @@ class LMRun:
             "gradient_norm": float(np.asarray(metrics.gradient_norm).mean()),
             "learning_rate": float(np.asarray(metrics.learning_rate)[-1]),
             "seconds": round(seconds, 3),
-            "tokens_per_s": round(documents * self.config.context_length / seconds, 1),
+            "tokens_per_s": round(self.tokens / seconds, 1),
         }
         self._append(line)
 
     def _measure(self) -> None:
         found = exactness.rates(exactness.exact(training.merge(self.state.model), self.teacher, self.tasks))
-        seen = [found[family] for family in self.course.families if family in found]
+        seen = [found[family] for family in dict.fromkeys(self.course.families) if family in found]
         unseen = [found[family] for family in self.config.held_out_families if family in found]
         means = {"seen": float(np.mean(seen)), "unseen": float(np.mean(unseen)) if unseen else None}
         self._append({"step": self.step, **means, "families": found})

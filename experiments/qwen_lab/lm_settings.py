@@ -38,7 +38,7 @@ class LMConfig:
     lora_rank: Whole = 0
     """Train LoRA of this rank beside the frozen matrices, merged on saving; 0 trains everything."""
     families: flags.Words = ()
-    """Families of procedural tasks; without it all but the held-out ones."""
+    """Families of procedural tasks; without it all but the held-out ones. One named twice is drawn twice as often."""
     held_out_families: flags.Words = HELD_OUT_FAMILIES
     """Families that are never trained on, and measured apart."""
     sides: flags.Sides = (3, 6)
@@ -49,6 +49,8 @@ class LMConfig:
     """Prompt format: a name of arc.PROMPTS."""
     turned: float = 0.5
     """Share of the tasks that are turned or mirrored."""
+    small: float = 0.5
+    """Share of the tasks whose largest side is drawn anew from the sides, so that small grids are frequent."""
     learn: Literal["answer", "outputs", "all"] = "outputs"
     """Tokens that weigh in the loss: the test's output, all outputs, or everything."""
     context_length: Count = 360
@@ -72,7 +74,7 @@ class LMConfig:
     remat: bool = False
     """Compute the inside of blocks again for the gradient: less memory, a third more time."""
     steps_per_call: Count = 10
-    """Steps per compiled call; checkpoints and the progress bar move by as many."""
+    """Steps per compiled call; checkpoints and the progress bar move by as many. Fewer where the next step is wider."""
     checkpoint_every: Count = 200
     """Steps between checkpoints; the last two are kept."""
     eval_every: Count = 200
@@ -96,8 +98,9 @@ def check(config: LMConfig) -> None:
     least, most = config.sides
     if not 1 <= least <= most <= 30:
         raise InputError(f"--sides: found {least} {most}, expected two numbers from 1 to 30, the smaller one first")
-    if not 0 <= config.turned <= 1:
-        raise InputError(f"--turned: found {config.turned}, expected 0 to 1")
+    for name in ("turned", "small"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name}: found {getattr(config, name)}, expected 0 to 1")
     train_config(config)
 
 
@@ -128,6 +131,7 @@ def course(config: LMConfig) -> lessons.Course:
         context=config.context_length,
         seed=config.seed,
         turned=config.turned,
+        small=config.small,
         learn=config.learn,
     )
 

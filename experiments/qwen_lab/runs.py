@@ -100,6 +100,9 @@ class Run:
         self.config, self.members, self.source = config, members, source
         self.sites = [_indices(member, source.sites) for member in members]
         self.state, self.rows = self._blank(jnp.zeros((2, len(source.sites), source.d_model), jnp.float32))
+        # an L0 that is asked for is set on the last of the training tasks, of which no row is trained on
+        kept_back = -(-source.training // 5) if form_of(config).targets_l0 and source.training > 1 else 0
+        self.training = source.training - kept_back
         self.step, self.next_group, self.fresh = 0, 0, True
         self.history: list[dict[str, Any]] = []
         self.seconds = {"model": 0.0, "buffer": 0.0, "SAE": 0.0}
@@ -203,14 +206,14 @@ class Run:
         dry = 0
         while (size := int(self.rows.size)) < self.rows.capacity // 2 + call and not self._asked():
             with self._timed("model"):
-                group = self.source.group(self.next_group % self.source.training)
+                group = self.source.group(self.next_group % self.training)
                 group.rows.block_until_ready()
             self.next_group += 1
             with self._timed("buffer"):
                 keep = sources.wanted(group, self.config.sink_times)
                 self.rows = self.rows.add(group.rows, keep)
             dry = dry + 1 if int(self.rows.size) == size else 0
-            if dry > self.source.training:
+            if dry > self.training:
                 raise InputError("--sink-times: found no row left by the filter, expected some")
 
     def _blank(self, sample: jax.Array) -> tuple[training.TrainState, buffer.ShuffleBuffer]:
@@ -272,10 +275,14 @@ class Run:
     def finish(self, facts: dict[str, Any]) -> dict[str, Result]:
         """Saves every member and measures it on the held-out tasks; `facts` say where they were trained."""
         held_out = sources.held_out_rows(self.source, self.config.sink_times)
+        kept = range(self.training, self.source.training)
+        setting = sources.rows_in(self.source, kept, self.config.sink_times) if kept else None
         results = {}
         states = [self.state] if len(self.members) == 1 else training.unstack(self.state)
         for member, state, (reads, writes) in zip(self.members, states, self.sites, strict=True):
             module = training.finish(state)
+            if setting is not None:
+                module = module.at_l0(setting[:, _at(reads)], float(k_of(member.config)))
             total = evaluation.totals_of(module, held_out[:, _at(reads)], held_out[:, _at(writes)])
             where = self.config.out / "sae" / (member.name if self.config.sweep else "")
             metadata = facts | member.place.metadata | {"training": training_flags(member.config)}

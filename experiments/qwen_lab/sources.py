@@ -166,8 +166,13 @@ def _wanted(group: Group, sink_times: float) -> Array:
 
 def held_out_rows(source: Source, sink_times: float) -> Float[Array, "rows sites d_model"]:
     """All wanted rows of the held-out tasks, on the device; only the mask is looked at by the host."""
+    return rows_in(source, range(source.training, source.training + source.held_out), sink_times)
+
+
+def rows_in(source: Source, groups: range, sink_times: float) -> Float[Array, "rows sites d_model"]:
+    """As `held_out_rows`, of these groups."""
     parts = []
-    for number in range(source.training, source.training + source.held_out):
+    for number in groups:
         group = source.group(number)
         places = np.flatnonzero(np.asarray(wanted(group, sink_times)))
         parts.append(group.rows[jnp.asarray(places)])

@@ -116,6 +116,10 @@ class AbstractDictionary(eqx.Module):
     def settled(self, objective: Objective, taken: Taken) -> "AbstractDictionary":
         """After a step: what the form keeps true of its thresholds; the same module where the step was not good."""
 
+    def at_l0(self, x: Float[Array, "*rows"], l0: float) -> "AbstractDictionary":
+        """The module of which `l0` latents fire on these rows on average, in forms that target one; others as they are."""
+        return self
+
     @abstractmethod
     def fold(
         self,

@@ -26,6 +26,7 @@ def slower_in_long_runs(length: Float[Array, "..."]) -> Float[Array, "..."]:
 _GAIN = 10.0  # of the penalty's aim, over the relative miss
 _RATE = 0.01  # of the common factor of thresholds, per step at a miss of 1
 _DOWN = 10.0  # times that where too few fire
+_ROWS = 4096  # at once, where thresholds are set by rows
 _FALL = 0.7  # the part of the run over which the L0 that is aimed at falls to the target
 
 
@@ -92,6 +93,28 @@ class JumpReLU(AbstractSAE):
         factor = jnp.exp(_RATE * (over - _DOWN * under * often))
         steered = jnp.where((asked > 0) & taken.good, threshold * factor, threshold)
         return eqx.tree_at(lambda m: m.threshold, self, steered)
+
+    def at_l0(self, x: Float[Array, "rows d_model"], l0: float) -> "JumpReLU":
+        """All thresholds times one factor, from 1/16 to 16, so that on these rows `l0` latents fire on average.
+
+        Thresholds are trained on rows that the latents were trained on too; on others more fire. So this wants others.
+        """
+        if not len(x) or not 0 < l0 < self.d_sae:
+            raise InputError(
+                f"at_l0: found {len(x)} rows, l0={l0}, expected rows and more than 0 of {self.d_sae} latents"
+            )
+        low, high = -jnp.log(16.0), jnp.log(16.0)
+        for _ in range(24):  # the factor to a millionth
+            middle = (low + high) / 2
+            fired = sum(_fired(self, x[at : at + _ROWS], jnp.exp(middle)) for at in range(0, len(x), _ROWS))
+            low, high = (middle, high) if float(fired) > l0 * len(x) else (low, middle)
+        return eqx.tree_at(lambda m: m.threshold, self, self.threshold * jnp.exp(high))
+
+
+@eqx.filter_jit
+def _fired(module: JumpReLU, x: Float[Array, "rows d_model"], factor: Float[Array, ""]) -> Float[Array, ""]:
+    pre = module.preactivations(x.astype(jnp.float32))
+    return jnp.sum((pre > factor * module.threshold[None]) & (pre > 0), dtype=jnp.float32)
 
 
 def _aim(active: Float[Array, ""], target: Float[Array, ""]) -> Float[Array, ""]:

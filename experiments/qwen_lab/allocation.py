@@ -1,0 +1,25 @@
+"""The process keeps the memory of finished steps: on CPU, giving it back and fetching it again takes a third of a step."""
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
+ENVIRONMENT = {  # the same for another program
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26), "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
+
+
+def keep() -> None:
+    """Tells glibc to answer every request from one heap that never shrinks; elsewhere nothing.
+
+    XLA asks anew for its buffers at every call. By default glibc maps each from the system and unmaps it again, and
+    every page is cleared by the kernel when it is first touched (mallopt(3)).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2**26), (_M_ARENA_MAX, 1)):
+        mallopt(parameter, value)
