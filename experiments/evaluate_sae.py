@@ -43,7 +43,7 @@ from qwen_lab.texts import Text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(loading.OnModel):
-    sae: flags.Paths = ("runs/train_sae/sae",)
+    sae: flags.Paths = (loading.EMBEDDED,)
     """SAE directory, file or hub id. A list of them, or a directory that holds several, is compared."""
     k: CountOrNone = None
     """Latents that fire per position. For Qwen-Scope files whose path does not name it."""

@@ -30,7 +30,7 @@ from sae.evaluation import matching
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(loading.OnModel):
-    sae: flags.Paths = ("runs/train_sae/sae",)
+    sae: flags.Paths = (loading.EMBEDDED,)
     """SAE directory, file or hub id. A directory that holds several stands for all of them."""
     limit: CountOrNone = 120
     """Tasks to take, from the first; None takes all."""

@@ -31,7 +31,7 @@ from qwen_lab.prompts import Item
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(loading.OnModel):
-    sae: str = "runs/train_sae/sae"
+    sae: str = loading.EMBEDDED
     """SAE directory, file or hub id."""
     latent: Whole | None = None
     """Number of the latent; without it the strongest of those that fire on 0.1 to 10 % of the prompts' tokens."""

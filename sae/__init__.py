@@ -15,8 +15,10 @@ from sae.evaluation.codes import encoded as encoded
 from sae.evaluation.survey import Survey as Survey
 from sae.evaluation.survey import promoted_tokens as promoted_tokens
 from sae.formats.load import Loaded as Loaded
+from sae.formats.load import embedded as embedded
 from sae.formats.load import load as load
 from sae.formats.load import load_with_metadata as load_with_metadata
+from sae.formats.load import locate as locate
 from sae.formats.saelens import save as save
 from sae.forms import FORMS as FORMS
 from sae.forms.abstract import AbstractDictionary as AbstractDictionary

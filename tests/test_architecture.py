@@ -44,7 +44,7 @@ ORDER = {
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
         ],
-        "evaluation": ["metrics", "codes", "matching", "survey", "report"],
+        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "report"],
     },
     "qwen_lab": {
         "": [
@@ -53,7 +53,7 @@ ORDER = {
             "prompts", "completions", "corpus", "labels", "places", "texts", "loading", "rows", "splicing", "sources",
             "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
-            "exactness", "features", "lm_settings", "cards", "lm_runs", "exams",
+            "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams",
         ],
     },
 }  # fmt: skip

@@ -43,6 +43,7 @@ TABLE = [  # command, flags ({file} is a path below)
     ("evaluate_lm", "--model", "x" * 5000), ("evaluate_lm", "--held-out-families", "nothing"),
     ("evaluate_lm", "--votes", "0"), ("evaluate_lm", "--tasks-per-family", "0"),
     ("evaluate_lm", "--data", "/no/such"), ("evaluate_lm", "--sides", "0,3"),
+    ("find_rules", "--families", "recolour"), ("find_rules", "--tasks-per-family", "7"), ("find_rules", "--sides", "6,3"),
     ("find_features", "--sae", "/no/such"), ("find_features", "--best", "0"), ("find_features", "--seed", "-1"),
     ("make_tiny_random", "--seed", "-1"), ("make_tiny_random", "--seed", BIG), ("make_tiny_random", "--out", "{long}"),
 ]  # fmt: skip

@@ -113,6 +113,36 @@ def features(path: Path, results: Mapping[str, Mapping[str, Any]]) -> str:
     return _said(path)
 
 
+def rules(
+    path: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], whens: Sequence[str], sites: Sequence[str]
+) -> str:
+    """How well a probe reads a task's variant: by depth, means over families, and for each family at the last place."""
+    flat = [line for lines in results.values() for line in lines]
+
+    def means(value: str, when: str) -> list[float]:
+        at = [[line[value] for line in flat if line["when"] == when and line["site"] == site] for site in sites]
+        return [float(np.mean(each)) for each in at]
+
+    depth = np.arange(len(sites))
+    with _figure(path, columns=2) as (lines, each):
+        for number, when in enumerate(whens):
+            lines.plot(
+                depth, means("probe", when), MARKS[number] + "-", color=COLOURS[number], label=when, markersize=3
+            )
+        for style, control in (("--", "random weights"), ("-.", "shuffled"), (":", "commonest")):
+            lines.plot(depth, means(control, whens[-1]), style, color=INK, linewidth=1, label=control)
+        lines.set(xlabel="blocks read", ylabel="variant read by a linear probe", ylim=(0, 1.02))
+        lines.legend(fontsize=6, frameon=False)
+        chosen = {name: [line for line in found if line["when"] == whens[-1]] for name, found in results.items()}
+        shown = np.asarray([[line["probe"] for line in found] for found in chosen.values()])
+        each.imshow(shown, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        each.grid(visible=False)
+        each.set_yticks(np.arange(len(chosen)), list(chosen), fontsize=5)
+        each.set_xlabel("blocks read")
+        each.set_title(f"{whens[-1]}: yellow is 100 %", fontsize=7)
+    return _said(path)
+
+
 def densities(path: Path, counts: np.ndarray, edges: np.ndarray, dead: int) -> str:
     """How many latents fire how often."""
     with _figure(path, columns=1) as (ax,):

@@ -38,7 +38,7 @@ class LMConfig:
     lora_rank: Whole = 0
     """Train LoRA of this rank beside the frozen matrices, merged on saving; 0 trains everything."""
     families: flags.Words = ()
-    """Families of procedural tasks; without it all but the held-out ones. One named twice is drawn twice as often."""
+    """Families of procedural tasks. Without it all but the held-out ones; one named twice is drawn twice as often."""
     held_out_families: flags.Words = HELD_OUT_FAMILIES
     """Families that are never trained on, and measured apart."""
     sides: flags.Sides = (3, 6)

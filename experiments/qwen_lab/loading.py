@@ -17,6 +17,7 @@ from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
 
 UNSEEN = "arc-agi-1/evaluation"
+EMBEDDED = "tiny-arc/blocks.3.hook_resid_post"  # what commands take that were given none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ def find(given: Sequence[str]) -> dict[str, str]:
     """Short name -> place; a directory that holds SAEs stands for all of them."""
     sources = []
     for place in given:
-        inside = sorted(map(str, (path.parent for path in Path(place).glob("**/cfg.json"))), key=_numbers_as_such)
+        inside = sorted(map(str, (path.parent for path in sae.locate(place).glob("**/cfg.json"))), key=_numbers_as_such)
         sources += inside if len(inside) > 1 or (inside and inside != [place]) else [place]
     parts = [Path(place).parts for place in sources]
     shared = 0

@@ -26,6 +26,7 @@ from sae.formats.saelens import CONFIG, SPARSITY, WEIGHTS, read_density, read_sa
 from sae.formats.sparsify import read_sparsify
 from sae.forms.abstract import AbstractDictionary
 
+EMBEDDED = Path(__file__).parent.parent / "pretrained"
 READERS: dict[str, Callable[[Path], Description]] = {  # the file that gives a directory away -> its reader
     "sae.safetensors": lambda directory: read_sparsify(directory),
     "ae.pt": lambda directory: read_dictionary_learning(directory / "ae.pt"),
@@ -46,14 +47,28 @@ class Loaded(NamedTuple):
         return f"Loaded({self.module}, metadata of {shown.listed(sorted(self.metadata), 4)}, density={density})"
 
 
+def embedded() -> list[str]:
+    """The SAEs that come with the package, as MODEL/SITE."""
+    return sorted(str(path.parent.relative_to(EMBEDDED)) for path in EMBEDDED.glob(f"*/*/{CONFIG}"))
+
+
+def locate(source: str | Path) -> Path:
+    """Where an embedded name (one SAE's, or a model's for all of them) lies; anything else is the path that it says."""
+    names = {*embedded(), *(name.partition("/")[0] for name in embedded())}
+    return EMBEDDED / source if str(source) in names else Path(source)
+
+
 def load(source: str | Path, *, revision: str | None = None, k: int | None = None) -> AbstractDictionary:
-    """The SAE in a directory or file of any known format, or at a hub id (`org/name`, `org/name/folder`, `…/file`)."""
+    """The SAE of an embedded name, in a directory or file of any known format, or at a hub id.
+
+    Tried in that order; a hub id is `org/name`, `org/name/folder` or `…/file`.
+    """
     return load_with_metadata(source, revision=revision, k=k).module
 
 
 def load_with_metadata(source: str | Path, *, revision: str | None = None, k: int | None = None) -> Loaded:
     """As `load`, with metadata and densities; `k` is for Qwen-Scope files whose path does not name it."""
-    path = Path(source)
+    path = locate(source)
     if not path.exists():
         path = _download(str(source), revision)
     description = read_saelens(path) if (path / WEIGHTS).is_file() else _read_foreign(path, k)
