@@ -39,7 +39,7 @@ class Config:
     sides: flags.Sides = (3, 6)
     """Smallest and largest side of the procedural grids."""
     tasks_per_family: Whole = 20
-    """Held-out tasks of each family; 0 for none."""
+    """Held-out tasks of each family. 0 for none."""
     held_out_families: flags.Words = HELD_OUT_FAMILIES
     """Families that are never trained on, and measured apart."""
     compositions: bool = True

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 import qwen_eqx
 from qwen_lab import bounds, cli, corpus, figures, files, flags, locks, provenance, rules, wording
-from qwen_lab.bounds import Count, Seed
+from qwen_lab.bounds import Seed, Whole
 from qwen_lab.errors import InputError
 
 
@@ -38,7 +38,7 @@ class Config:
     """Families of procedural tasks. Without it all that have two to eight variants."""
     sides: flags.Sides = (3, 6)
     """Smallest and largest side of the procedural grids."""
-    tasks_per_family: Count = 160
+    tasks_per_family: Whole = 160
     """Held-out tasks of each family."""
     seed: Seed = 0
     """Of the run. It deals the tasks to the two halves."""
