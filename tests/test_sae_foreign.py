@@ -148,6 +148,9 @@ def test_k_of_a_qwen_scope_file_may_be_given(tmp_path):
     shutil.copy(FIXTURES / QWEN / "layer2.sae.pt", tmp_path / "layer2.sae.pt")
     assert sae.load(tmp_path / "layer2.sae.pt", k=2).k == 2
     assert sae.load(FIXTURES / QWEN / "layer2.sae.pt").k == 3
+    for other in ("dictionary_learning/AutoEncoder/ae.pt", SPARSIFY, "saelens/jumprelu"):
+        with pytest.raises(sae.InputError, match="k: found 2, expected none"):
+            sae.load(FIXTURES / other, k=2)
 
 
 def test_classes_are_told_by_their_tensors_where_only_one_fits(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Annotated, Any, TypeVar
@@ -30,6 +31,9 @@ SAID = (  # of what tyro says of a wrong command line, and what a command says
 
 def parse(config: type[ConfigT], description: str | None) -> ConfigT:
     """The config that a command line says; raises InputError where tyro would draw a box, and exits after --help."""
+    named = [word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise InputError(f"{twice[0]}: found it {named.count(twice[0])} times, expected once")
     said = io.StringIO()
     try:
         with redirect_stderr(said):

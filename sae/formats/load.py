@@ -72,6 +72,8 @@ def load_with_metadata(source: str | Path, *, revision: str | None = None, k: in
     if not path.exists():
         path = _download(str(source), revision)
     description = read_saelens(path) if (path / WEIGHTS).is_file() else _read_foreign(path, k)
+    if k is not None and not _is_qwen_scope(path):
+        raise InputError(f"k: found {k}, expected none: {source} says its own, only Qwen-Scope's files may not")
     module = build(path, description)
     return Loaded(module, dict(description.metadata), read_density(path, module.d_sae))
 
@@ -94,6 +96,10 @@ def _read_foreign(path: Path, k: int | None) -> Description:
         return read_qwen_scope(path / layers[0], k)
     expected = f"one of {layers[0]} … {layers[-1]}" if layers else f"a directory with {WEIGHTS}, {', '.join(READERS)}"
     raise InputError(f"{path}: found {len(layers)} *.sae.pt and no other known SAE, expected {expected}")
+
+
+def _is_qwen_scope(path: Path) -> bool:
+    return path.name.endswith(".sae.pt") or (path.is_dir() and any(path.glob("*.sae.pt")))
 
 
 def _download(source: str, revision: str | None) -> Path:
