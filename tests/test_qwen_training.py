@@ -77,6 +77,25 @@ def test_causal_attention_is_attention_under_a_triangular_mask(seq: int, heads: 
         np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=8)
+@given(st.sampled_from([5, 112, 240]), st.sampled_from([1, 3, 8]), st.integers(0, 2**31))
+def test_pads_on_the_left_are_not_seen(seq: int, rows: int, seed: int):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q = jax.random.normal(keys[0], (rows, seq, 2, 2, 4))
+    k, v = (jax.random.normal(key, (rows, 2, seq, 4)) for key in keys[1:])
+    pads = jnp.asarray(np.random.default_rng(seed).integers(0, seq, rows), jnp.int32)
+    own = jnp.arange(seq)[None] >= pads[:, None]
+    mask = jnp.tril(jnp.ones((seq, seq), bool))[None] & own[:, None]
+    found, expected = attend_causally(q, k, v, pads), attend(q, k, v, mask)
+    np.testing.assert_allclose(found[own], expected[own], **tolerances.SAME_F32)
+    assert np.isfinite(found).all()
+    wild = own[:, None, :, None]
+    same = attend_causally(q, jnp.where(wild, k, 1e30), jnp.where(wild, v, 1e30), pads)
+    np.testing.assert_array_equal(same[own], found[own])
+    by_pushing = jax.jvp(lambda q: attend_causally(q, k, v, pads), (q,), (q,))[1]  # forward mode as well
+    assert np.isfinite(by_pushing[own]).all()
+
+
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_documents_read_for_training_are_a_plain_pass(name: str):
     model = tiny.model(name)

@@ -14,6 +14,9 @@ from qwen_eqx.model.rope import Rotation
 from qwen_eqx.model.sites import BlockTap, unchanged
 
 BLOCK = 256  # entries attended to at once where there are many: 512 and 1,024 are slower by a fifth and by half
+Seen = Bool[Array, "batch seq kv_seq"] | Int[Array, " batch"] | None
+"""What queries see: a mask; or, without a past, the tokens up to their own but for each row's first so many, its pads;
+or, None, all up to their own, read to be trained on."""
 Folded = tuple[
     Float32[Array, "batch kv_heads rows"],
     Float32[Array, "batch kv_heads rows"],
@@ -135,14 +138,14 @@ class Attention(eqx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         rotation: Rotation,
-        mask: Bool[Array, "batch seq kv_seq"] | None,
+        seen: Seen,
         past: LayerCache | None = None,
         entry: Int[Array, ""] | int = 0,
         tap: BlockTap = unchanged,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
         """y, and the keys and values attended to: `past` with this chunk at `entry` and after, or the chunk's own.
 
-        `tap` meets q, k and v before norm and RoPE, and z. No mask, and no past: whole sequences, read to be trained on.
+        `tap` meets q, k and v before norm and RoPE, and z.
         """
         (batch, seq, _), dtype = x.shape, x.dtype
         group = self.heads // self.kv_heads
@@ -155,6 +158,6 @@ class Attention(eqx.Module):
         cache = chunk if past is None else past.write(chunk, entry)
         q = rotation(q)
         keys, values = cache.keys, cache.values
-        z = attend_causally(q, keys, values) if mask is None else attend(q, keys, values, mask)
+        z = attend_causally(q, keys, values, seen) if seen is None or seen.ndim == 1 else attend(q, keys, values, seen)
         z = tap("z", rounded(z.reshape(batch, seq, self.heads * self.d_head), dtype))
         return rounded(self.o(z), dtype), cache

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from qwen_eqx.errors import InputError
-from qwen_eqx.model.attention import Attention
+from qwen_eqx.model.attention import Attention, Seen
 from qwen_eqx.model.cache import KVCache, LayerCache, visible
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.edits import AbstractEdit, EditTap, check_positions, resolve_edits
@@ -47,7 +47,7 @@ class Block(eqx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         rotation: Rotation,
-        mask: Bool[Array, "batch seq kv_seq"] | None,
+        seen: Seen,
         past: LayerCache | None,
         entry: Int[Array, ""] | int,
         tap: Tap,
@@ -59,7 +59,7 @@ class Block(eqx.Module):
             return rounded(tap(Site(self.layer, kind), value), dtype)
 
         x = at("resid_pre", rounded(x, dtype))
-        mixed, cache = self.attn(self.attn_norm(x), rotation, mask, past, entry, at)
+        mixed, cache = self.attn(self.attn_norm(x), rotation, seen, past, entry, at)
         x = at("resid_mid", rounded(x + at("attn_out", mixed), dtype))
         x = at("resid_post", rounded(x + at("mlp_out", self.mlp(self.mlp_norm(x), at)), dtype))
         return x, cache
@@ -114,12 +114,12 @@ class Qwen(eqx.Module):
         kv_seq = seq if past is None else past.kv_seq
         positions = length[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
         rotation = Rotation.at(positions, self.config.d_head, self.config.rope_theta)
-        mask = visible(positions, 0 if past is None else index, kv_seq)
+        seen = jnp.maximum(-length, 0) if past is None else visible(positions, index, kv_seq)
         x = self.embed(tokens)
         layers = []
         for block in self.blocks:
             layer = None if past is None else past.layers[block.layer]
-            x, layer = block(x, rotation, mask, layer, index % kv_seq, tap)
+            x, layer = block(x, rotation, seen, layer, index % kv_seq, tap)
             layers.append(layer)
         return x, KVCache(tuple(layers), index + seq, length + seq)
 
