@@ -48,9 +48,9 @@ ORDER = {
     },
     "qwen_lab": {
         "": [
-            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "wording",
-            "prompts", "completions", "corpus", "labels", "places", "texts", "loading", "rows", "splicing", "sources",
-            "evaluation", "figures",
+            "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli",
+            "tracking", "wording", "prompts", "completions", "corpus", "labels", "places", "texts", "loading", "rows",
+            "splicing", "sources", "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "lm_settings", "cards", "lm_runs", "exams",
         ],
