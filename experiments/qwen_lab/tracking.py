@@ -22,7 +22,7 @@ def check(track: Track) -> None:
         _module(track)
 
 
-def _module(track: Track) -> ModuleType:
+def _module(track: str) -> ModuleType:
     try:
         return importlib.import_module(track)
     except ModuleNotFoundError as error:
