@@ -61,10 +61,15 @@ class Config(loading.OnModel):
     """Directory of what is written. Table, pictures and reports."""
 
 
-def main(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises for flags that no run can have."""
     bounds.check(config)
     if not config.sink_times >= 0:
         raise InputError(f"--sink-times: found {config.sink_times}, expected 0 or more")
+
+
+def main(config: Config) -> None:
+    check(config)
     given = loading.find(config.sae)
     loaded = {name: sae.load_with_metadata(source, k=config.k) for name, source in given.items()}
     model, tokenizer, model_name = config.load_model([one.metadata for one in loaded.values()])

@@ -160,7 +160,8 @@ def convert(config: Config, paths: list[str], state: State, seen: set[str]) -> N
             files.write_text(config.out / "state.json", json.dumps(asdict(state)))
 
         save()
-        for number, (where, record) in enumerate(records(paths, state), 1):
+        enough = state.tasks == config.max_samples  # of a run that was killed while it finished
+        for number, (where, record) in enumerate([] if enough else records(paths, state), 1):
             try:
                 if isinstance(record, arc.InputError):
                     raise record
@@ -189,8 +190,12 @@ def convert(config: Config, paths: list[str], state: State, seen: set[str]) -> N
         state.why = dict(why)
 
 
-def finish(out: Path, state: State) -> None:
-    """The part files become JSON objects, line by line, so that a gigabyte of tasks never lies in memory."""
+def finish(config: Config, state: State) -> None:
+    """The part files become JSON objects, line by line, so that a gigabyte of tasks never lies in memory.
+
+    The state goes before the parts, and after all else: a run that is killed in here is begun again, or is done.
+    """
+    out = config.out
     for name in ("challenges", "solutions"):
         with open(out / f"{name}.part") as lines, whole(out / f"{name}.json") as handle:
             handle.write("{")
@@ -199,14 +204,25 @@ def finish(out: Path, state: State) -> None:
             handle.write("\n}\n")
     summary = {"tasks": state.tasks, "duplicates": state.duplicates, "skipped": state.skipped, "why": state.why}
     files.write_json(out / "summary.json", summary)
+    provenance.record_run(out, config)
     for name in ("state.json", "challenges.part", "solutions.part"):
         (out / name).unlink()
 
 
-def main(config: Config) -> None:
+def finished(out: Path) -> bool:
+    """Whether a run has ended there."""
+    return (out / "challenges.json").exists() and not (out / "state.json").exists()
+
+
+def check(config: Config) -> None:
+    """Raises for flags that no run can have."""
     if config.max_train_pairs < 2:
         raise InputError(f"--max-train-pairs: found {config.max_train_pairs}, expected at least 2")
     bounds.check(config)
+
+
+def main(config: Config) -> None:
+    check(config)
     with locks.claimed(config.out):
         transform(config)
 
@@ -215,7 +231,7 @@ def transform(config: Config) -> None:
     """From the source, or from where an earlier run stopped, to the finished files."""
     wanted = {key: value for key, value in files.jsonable(config).items() if key != "out"}
     done = config.out / "challenges.json"
-    if done.exists():
+    if finished(config.out):
         raise InputError(f"{done}: found a finished run, expected another --out or no such file")
     paths = sources(config)
     cli.console.print(f"reading {len(paths)} file(s) of {config.dataset}")
@@ -223,8 +239,7 @@ def transform(config: Config) -> None:
     if state.tasks:
         cli.console.print(f"going on after {state.tasks} tasks")
     convert(config, paths, state, seen)
-    finish(config.out, state)
-    provenance.record_run(config.out, config)
+    finish(config, state)
     cli.console.print(f"{state.tasks} tasks, {state.duplicates} duplicates dropped, {state.skipped} skipped")
     for reason, number in Counter(state.why).most_common():
         cli.console.print(f"  skipped {number}: expected {reason}", markup=False)

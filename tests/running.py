@@ -17,6 +17,7 @@ import numpy as np
 
 import arc
 import qwen_eqx
+import sae
 import tiny
 import tolerances
 from qwen_eqx import Generation, Qwen
@@ -97,8 +98,22 @@ def small(out: Path, **fields: Any) -> RunConfig:
     return dataclasses.replace(SMALL, out=out, **fields)
 
 
+def save_small(where: Path) -> str:
+    """A dictionary of the model that tests default to, as nobody trained it; returns its directory."""
+    module = sae.TopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
+    sae.save(module, where, {"model_name": "tiny-random", "hook_name": "blocks.2.hook_resid_post"})
+    return str(where)
+
+
 def short_tasks(where: Path) -> Path:
     """Three tasks whose prompts need no cutting."""
     tasks = sorted(arc.load_tasks("arc-agi-1/training"), key=lambda task: sum(p.input.size for p in task.train))[:3]
     arc.write_tasks(where / "tasks.json", tasks)
     return where / "tasks.json"
+
+
+SMALL_STAGES = (  # of pipeline.py
+    "--extract.limit 3 --extract.max-new-tokens 2 --extract.batch-size 2 --extract.items-per-shard 1 "
+    "--train.held-out 1 --train.d-sae 32 --train.k 4 --train.steps 4 --train.batch-size 32 --train.steps-per-call 2 "
+    "--train.buffer-rows 8192 --evaluate.limit 1 --evaluate.max-prompt 512 --evaluate.latents 2"
+)

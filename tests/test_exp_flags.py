@@ -83,7 +83,7 @@ def test_a_name_has_one_type_and_one_sentence_and_a_thing_one_name():
 
 
 def test_every_list_takes_commas_and_spaces():
-    lists = {"layers", "sites", "sweep", "sae", "sides", "families", "held_out_families", "data"}
+    lists = {"layers", "sites", "sweep", "sae", "sides", "families", "held_out_families", "data", "stages"}
     for command, name, kind, _ in every_flag():
         several = typing.get_origin(kind.__origin__ if typing.get_origin(kind) is Annotated else kind) is tuple
         assert not several or name in lists, f"{command}: --{name} is a list of its own kind"

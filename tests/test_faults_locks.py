@@ -13,7 +13,7 @@ import pytest
 
 import arc
 from qwen_lab import InputError, locks
-from running import ROOT, run_experiment, short_tasks
+from running import ROOT, run_experiment, save_small, short_tasks
 
 HOLD = """
 import sys, time
@@ -29,6 +29,11 @@ FLAGS = {
     "train_sae": "--limit 3 --held-out 1 --max-prompt 512 --max-new-tokens 2 --buffer-rows 16384 --steps 2",
     "transform_dataset": "",
     "make_tiny_random": "",
+    "train_lm": "--steps 2 --blocks 1 --d-model 16 --heads 2 --kv-heads 1 --d-ff 16 --families mirror --workers 0 "
+    "--eval-tasks 1",
+    "evaluate_lm": "--tasks-per-family 1 --votes 1",
+    "find_features": "--limit 3 --max-prompt 512 --sae SAE --tasks TASKS",
+    "pipeline": "--extract.limit 1 --train.steps 2",
 }
 
 
@@ -43,8 +48,10 @@ def holder(tmp_path: Path):
 
 
 def test_every_command_is_refused_a_directory_in_use(holder, tmp_path: Path):
+    sae, tasks = save_small(tmp_path / "sae"), str(short_tasks(tmp_path))
     for command, flags in FLAGS.items():
-        done = run_experiment(command, *flags.split(), "--out", str(tmp_path / "out"))
+        given = flags.replace("SAE", sae).replace("TASKS", tasks).split()
+        done = run_experiment(command, *given, "--out", str(tmp_path / "out"))
         assert done.returncode == 2, (command, done.stderr)
         assert f"pid {holder.pid} on {socket.gethostname()} since " in done.stderr
         assert done.stderr.count("\n") == 1

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
-import sae
 from qwen_lab import stopping
-from running import ROOT, short_tasks
+from running import ROOT, SMALL_STAGES, save_small, short_tasks
 from sae.training import checkpoint
 
 IMPORTS = ("jax", "-")
@@ -27,6 +25,9 @@ SPLICING = ("qwen_eqx.model.effect", "effects")
 SCHEDULE = ("qwen_eqx.generation.scheduler", "schedule")
 WRITE = ("sae.files", "commit")
 TRAINING = ("sae.training.loop", "run")
+LESSONS = ("qwen_eqx.training.loop", "run")
+FORWARD = ("qwen_lab.features", "matched")
+REMOVAL = ("qwen_lab.features", "removed")
 RECORD = ("arc.data", "task_from_examples")
 CODES = {"SIGINT": 130, "SIGTERM": 75}
 SMALL = {
@@ -38,6 +39,11 @@ SMALL = {
     "evaluate_sae": "--limit 3 --max-prompt 512 --latents 2",
     "transform_dataset": "",
     "make_tiny_random": "",
+    "train_lm": "--steps 6 --blocks 1 --d-model 16 --heads 2 --kv-heads 1 --d-ff 16 --families mirror --sides 3,4 "
+    "--encoder padded(4) --held-out-families frame --steps-per-call 2 --batch-size 2 --eval-tasks 1 --workers 0",
+    "evaluate_lm": "--tasks-per-family 0 --votes 1 --slots 2 --max-new-tokens 4",
+    "find_features": "--limit 3 --max-prompt 512 --best 2",
+    "pipeline": SMALL_STAGES,
 }
 CASES = [
     (command, IMPORTS, number) for command in SMALL for number in CODES if number == "SIGINT" or command == "extract"
@@ -51,17 +57,24 @@ CASES += [
     ("steer", DECODE, "SIGINT"), ("steer", DECODE, "SIGTERM"), ("evaluate_sae", COMPILE, "SIGTERM"),
     ("evaluate_sae", READING, "SIGINT"), ("evaluate_sae", SPLICING, "SIGINT"), ("evaluate_sae", SPLICING, "SIGTERM"),
     ("evaluate_sae", WRITE, "SIGTERM"),
+    ("train_lm", LESSONS, "SIGINT"), ("train_lm", LESSONS, "SIGTERM"), ("train_lm", COMPILE, "SIGTERM"),
+    ("evaluate_lm", SCHEDULE, "SIGINT"), ("evaluate_lm", COMPILE, "SIGTERM"),
+    ("find_features", READING, "SIGINT"), ("find_features", FORWARD, "SIGINT"), ("find_features", REMOVAL, "SIGTERM"),
+    ("pipeline", COMPILE, "SIGTERM"), ("pipeline", WRITE, "SIGINT"), ("pipeline", TRAINING, "SIGTERM"),
+    ("pipeline", SPLICING, "SIGINT"),
 ]  # fmt: skip
 
 
 def flags_of(command: str, where: Path) -> list[str]:
     flags = [*SMALL[command].split(), "--out", str(where / "out")]
-    if command in ("extract", "solve_arc", "train_sae"):
+    if command in ("extract", "solve_arc", "train_sae", "find_features"):
         flags += ["--tasks", str(short_tasks(where))]
-    if command in ("steer", "evaluate_sae"):
-        module = sae.TopK.init(d_model=64, d_sae=32, k=4, key=jax.random.key(0))
-        sae.save(module, where / "sae", {"model_name": "tiny-random", "hook_name": "blocks.2.hook_resid_post"})
-        flags += ["--sae", str(where / "sae")]
+    if command == "evaluate_lm":
+        flags += ["--data", str(short_tasks(where))]
+    if command == "pipeline":
+        flags += ["--extract.tasks", str(short_tasks(where))]
+    if command in ("steer", "evaluate_sae", "find_features"):
+        flags += ["--sae", save_small(where / "sae")]
     if command == "transform_dataset":
         pairs = [[[[colour]], [[colour]]] for colour in range(4)]
         (where / "data.jsonl").write_text(json.dumps({"examples": pairs}) + "\n")
@@ -87,10 +100,14 @@ def test_a_signal_ends_a_command_in_one_line(command: str, phase: tuple[str, str
     done = run_until(number, phase, command, flags_of(command, tmp_path))
     assert done.returncode == CODES[number], done.stderr
     assert done.stderr == stopping.LINES[CODES[number]] + "\n"
-    results = {"steer": "steer.json", "evaluate_sae": "metrics.json"}
+    results = {
+        "steer": "steer.json", "evaluate_sae": "metrics.json", "evaluate_lm": "metrics.json",
+        "find_features": "features.json", "pipeline": "index.html",
+    }  # fmt: skip
     assert not (tmp_path / "out" / results.get(command, "none")).exists()
-    if phase == TRAINING:
-        assert checkpoint.steps(tmp_path / "out" / "checkpoints") == [2]
+    if phase in (TRAINING, LESSONS):
+        where = tmp_path / "out" / ("train" if command == "pipeline" else "")
+        assert checkpoint.steps(where / "checkpoints") == [2]
     if phase == RECORD:
         assert json.loads((tmp_path / "out" / "state.json").read_text())["tasks"] == 1
 

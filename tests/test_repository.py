@@ -93,6 +93,8 @@ def test_the_log_is_newest_first():
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A page's examples run one after another, as somebody who reads it would run them."""
     monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "toml"):
+        Path(block.partition("\n")[0].removeprefix("# ")).write_text(block)  # its first line names the file
     names = {"__name__": "example"}
     with contextlib.redirect_stdout(io.StringIO()):
         for number, block in enumerate(blocks(page, "python"), 1):

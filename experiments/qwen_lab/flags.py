@@ -4,9 +4,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 
@@ -29,15 +29,27 @@ SAID = (  # of what tyro says of a wrong command line, and what a command says
 )
 
 
-def parse(config: type[ConfigT], description: str | None) -> ConfigT:
-    """The config that a command line says; raises InputError where tyro would draw a box, and exits after --help."""
-    named = [word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")]
+def parse(
+    config: type[ConfigT],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    default: ConfigT | None = None,
+) -> ConfigT:
+    """The config that a command line says; raises InputError where tyro would draw a box, and exits after --help.
+
+    A config class with `told` reads a part of the words by itself: it gives the defaults of the others, and these.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    named = [word.partition("=")[0].replace("_", "-") for word in given if word.startswith("--")]
     if twice := [name for name in named if named.count(name) > 1]:
         raise InputError(f"{twice[0]}: found it {named.count(twice[0])} times, expected once")
+    if default is None and hasattr(config, "told"):
+        default, given = cast(Any, config).told(given)
+    told: dict[str, Any] = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(config, description=description)
+            return tyro.cli(config, description=description, args=given, **told)
     except SystemExit as ended:
         if not ended.code:
             raise

@@ -1,6 +1,5 @@
 """One run that trains a model: from the last checkpoint to a model directory, measured on held-out tasks on the way."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +11,13 @@ import numpy as np
 import arc
 import qwen_eqx
 from qwen_eqx import training
-from qwen_lab import cards, exactness, files, lessons, provenance, stopping, wording
+from qwen_lab import cards, exactness, files, lessons, provenance, stopping, tracking, wording
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.lm_settings import LMConfig, check, course, settled, start, train_config
 from sae.training import checkpoint
 
 Advance = Callable[..., None]
-METRICS, MODEL = "metrics.jsonl", "model"
+METRICS, MODEL = tracking.METRICS, "model"
 
 
 class LMRun:
@@ -48,7 +47,6 @@ class LMRun:
             self.state, cursor, self.step = checkpoint.load(self.directory, self.state)
             self._check_same(cursor)
             self.history = cursor["history"]
-        self._write_history()
         provenance.record_run(out, self.config)
 
     @property
@@ -57,6 +55,10 @@ class LMRun:
 
     def proceed(self, advance: Advance) -> None:
         """To the last step; a signal ends it earlier, saved."""
+        with tracking.Log(self.config.out, self.config.track, self.config, self.history) as self.log:
+            self._loop(advance)
+
+    def _loop(self, advance: Advance) -> None:
         config = self.config
         size = (config.accumulate, config.batch_size)
         made = lessons.batches(self.course, self.step, config.steps, size, config.steps_per_call, config.workers)
@@ -131,12 +133,7 @@ class LMRun:
 
     def _append(self, line: dict[str, Any]) -> None:
         self.history.append(line)
-        with (self.config.out / METRICS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _write_history(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.history)
-        files.write_text(self.config.out / METRICS, text)
+        self.log.add(line)
 
     def _save(self) -> None:
         cursor = {"config": settled(self.config), "history": self.history}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import qwen_eqx
 from qwen_eqx import training
 from qwen_eqx.weights import hub
-from qwen_lab import bounds, files, flags, lessons
+from qwen_lab import bounds, files, flags, lessons, tracking
 from qwen_lab.bounds import Count, Seed, Weight, Whole
 from qwen_lab.errors import InputError
 
@@ -85,16 +85,19 @@ class LMConfig:
     """Processes that make tasks beside; 0 makes them in this one."""
     seed: Seed = 0
     """Of the run. The first weights and the order of the tasks come from it."""
+    track: tracking.Track = "none"
+    """Send the numbers of metrics.jsonl there too, as they come. It must be installed."""
     out: Path = Path("runs/train_lm")
     """Directory of what is written. A run that was cut off goes on where its last checkpoint stands."""
 
 
-FREE = ("out", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers")  # change no result
+FREE = ("out", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers", "track")  # change no result
 
 
 def check(config: LMConfig) -> None:
     """Raises for values that no run can have."""
     bounds.check(config)
+    tracking.check(config.track)
     least, most = config.sides
     if not 1 <= least <= most <= 30:
         raise InputError(f"--sides: found {least} {most}, expected two numbers from 1 to 30, the smaller one first")

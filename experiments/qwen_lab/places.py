@@ -157,10 +157,15 @@ def in_model(config: qwen_eqx.QwenConfig) -> Callable[[str], str]:
 
 def in_store(store: sae.ActivationStore) -> Callable[[str], str]:
     """Takes the sites that a store holds."""
+    return among(store.sites)
+
+
+def among(sites: Sequence[str]) -> Callable[[str], str]:
+    """Takes the sites that a store holds or will hold."""
 
     def known(name: str) -> str:
-        if name not in store.sites:
-            raise InputError(f"--site: found {name!r}, expected one that the store holds: {', '.join(store.sites)}")
+        if name not in sites:
+            raise InputError(f"--site: found {name!r}, expected one that the store holds: {', '.join(sites)}")
         return name
 
     return known

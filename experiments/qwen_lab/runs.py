@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import sae
 from qwen_eqx.model.room import free_device_bytes
-from qwen_lab import evaluation, extending, files, provenance, sources, stopping
+from qwen_lab import evaluation, extending, files, provenance, sources, stopping, tracking
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
 from qwen_lab.settings import RAISABLE, RunConfig, form_of, k_of, settled, training_flags
@@ -113,7 +113,7 @@ class Run:
         """A run in `config.out`: a new one, or the one that was cut off there; raises if another one stands there."""
         run = cls(config, members, source)
         files.fresh_directory(config.out)
-        files.expect_files(config.out, "run.json", "metrics.json", "loss.svg")
+        files.expect_files(config.out, "run.json", "metrics.json", tracking.METRICS, "loss.svg")
         if run.directory.exists() and not run.directory.is_dir():
             raise InputError(f"{run.directory}: found a file, expected a directory of checkpoints")
         if checkpoint.steps(run.directory):
@@ -130,7 +130,9 @@ class Run:
 
     def proceed(self, advance: Advance = quiet) -> None:
         """Until the last step; a signal or `stop` ends it earlier, saved: Stopped, or KeyboardInterrupt after Ctrl-C."""
-        with stopping.held():
+        names = [member.name for member in self.members]
+        log = tracking.Log(self.config.out, self.config.track, self.config, self.history, names)
+        with stopping.held(), log as self.log:
             if self.fresh:
                 self._fill()
                 if self._asked():  # before the first step there is nothing to save
@@ -181,6 +183,7 @@ class Run:
         means["dead"] = measured.dead[..., -1]
         lists = {name: jnp.atleast_1d(values).tolist() for name, values in means.items()}
         self.history.append({"step": self.step} | lists)
+        self.log.add(self.history[-1])
 
     def _due(self, taken: int) -> bool:
         every = self.config.checkpoint_every

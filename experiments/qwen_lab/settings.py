@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae
-from qwen_lab import bounds, files, flags, wording
+from qwen_lab import bounds, files, flags, tracking, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
 from qwen_lab.errors import InputError
 
@@ -85,6 +85,8 @@ class RunConfig:
     """Steps between checkpoints; the last two are kept."""
     seed: Seed = 0
     """Of the run. First weights and shuffling are drawn from it."""
+    track: tracking.Track = "none"
+    """Send the numbers of metrics.jsonl there too, as they come. It must be installed."""
     out: Path = Path("runs/train_sae")
     """Directory of what is written. A run that was cut off, or is given higher --steps, goes on from its last checkpoint."""
 
@@ -92,6 +94,7 @@ class RunConfig:
 def check(config: RunConfig) -> None:
     """Raises for values that no run can have."""
     bounds.check(config)
+    tracking.check(config.track)
     form = form_of(config)
     uses_k = "k" in form.details or form.targets_l0
     if uses_k and k_of(config) > config.d_sae:
@@ -116,12 +119,13 @@ def k_of(config: RunConfig) -> int:
     return 16 if config.k is None else config.k
 
 
+FREE = ("out", "checkpoint_every", "track")  # change no result
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """What a run may not change while it goes on, but for raising what is RAISABLE."""
-    kept = {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    kept = {name: value for name, value in files.jsonable(config).items() if name not in FREE}
     return kept | {"k": k_of(config)}
 
 
