@@ -32,8 +32,14 @@ def shard_rows(manifest: sae.Manifest, shard: int) -> sae.Rows:
     activations = rng.normal(size=(len(item), len(manifest.sites), manifest.d_model))
     ids = rng.integers(0, 99, len(item), dtype=np.int32)
     positions = np.arange(len(item), dtype=np.int32)
+    places = {name: rng.integers(-1, 9, len(item), dtype=np.int8) for name in manifest.columns}
     return sae.Rows(
-        activations.astype(files.numpy_dtype(manifest.dtype)), ids, positions, item, rng.random(len(item)) < 0.5
+        activations.astype(files.numpy_dtype(manifest.dtype)),
+        ids,
+        positions,
+        item,
+        rng.random(len(item)) < 0.5,
+        **places,
     )
 
 
@@ -102,30 +108,36 @@ def test_a_store_is_the_concatenation_of_its_shards(tmp_path_factory, fields, da
     write(directory, manifest)
     store = sae.ActivationStore.open(directory)
     parts = [shard_rows(manifest, shard) for shard in range(manifest.plan.shards)]
-    whole = sae.Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    whole = sae.Rows.concatenate(parts)
     store.verify()
     assert store.complete
     assert len(store) == len(whole.item)
     index = np.array(data.draw(st.lists(st.integers(-len(store), len(store) - 1))), np.int64)
     sites = data.draw(st.lists(st.sampled_from(manifest.sites), unique=True, min_size=1))
     axis = [manifest.sites.index(site) for site in sites]
-    found, expected = store.select(*sites)[index], sae.Rows(*(column[index] for column in whole))
+    found, expected = store.select(*sites)[index], cut(whole, index)
     same(found, expected._replace(activations=expected.activations[:, axis]))
-    same(store[2:7], sae.Rows(*(column[2:7] for column in whole)))
-    same(store[-1], sae.Rows(*(column[-1] for column in whole)))
-    np.testing.assert_array_equal(store.column("item"), whole.item)
+    same(store[2:7], cut(whole, slice(2, 7)))
+    same(store[-1], cut(whole, -1))
+    for name, column in whole.columns.items():
+        np.testing.assert_array_equal(store.column(name), column)
     size, start = data.draw(st.integers(1, 8)), data.draw(st.integers(0, len(store)))
     batches = list(store.batches(size, order=index, start=start))
     assert sum(len(batch.item) for batch in batches) == max(0, len(index) - start)
     for number, batch in enumerate(batches):
-        same(batch, sae.Rows(*(column[index[start + number * size :][:size]] for column in whole)))
+        same(batch, cut(whole, index[start + number * size :][:size]))
     assert all(len(batch.item) == size for batch in store.batches(size, drop_last=True))
 
 
 def same(found: sae.Rows, expected: sae.Rows) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
+    assert list(found.columns) == list(expected.columns)
+    for name, column in expected.columns.items():
+        assert found.columns[name].dtype == column.dtype
+        np.testing.assert_array_equal(found.columns[name], column)
+
+
+def cut(rows: sae.Rows, index) -> sae.Rows:
+    return sae.Rows(**{name: column[index] for name, column in rows.columns.items()})
 
 
 def test_device_arrays_and_views_are_written_as_they_read(tmp_path):
@@ -135,7 +147,7 @@ def test_device_arrays_and_views_are_written_as_they_read(tmp_path):
     rows = sae.Rows(activations, ids, jnp.arange(4, dtype=jnp.int32), np.zeros(4, np.int32), jnp.zeros(4, bool))
     writer.write_shard(0, rows, [{"text": "", "outcome": None, "grid": [[1, 2]]}])
     store = sae.ActivationStore.open(tmp_path / "s")
-    same(store[:], sae.Rows(*(np.asarray(column) for column in rows)))
+    same(store[:], cut(rows, slice(None)))
     assert store.items == {0: {"item": 0, "text": "", "outcome": None, "grid": [[1, 2]]}}
 
 
@@ -214,6 +226,59 @@ def test_resuming_another_run_shows_every_difference(tmp_path):
     assert contents(tmp_path) == before
 
 
+DIGESTED = dataclasses.replace(MANIFEST, weights_digest="sha256:w", items_digest="sha256:i")
+
+
+@pytest.mark.parametrize("name", ["weights_digest", "items_digest"])
+def test_another_models_weights_or_other_items_do_not_go_on_with_a_store(tmp_path, name):
+    write(tmp_path, DIGESTED, shards=[0])
+    before = contents(tmp_path)
+    with pytest.raises(sae.InputError, match=f"{name} is 'sha256:.' there and 'sha256:x' in this run"):
+        sae.StoreWriter.create(tmp_path, dataclasses.replace(DIGESTED, **{name: "sha256:x"}))
+    assert contents(tmp_path) == before
+    unknown = dataclasses.replace(DIGESTED, **{name: ""})
+    assert sae.StoreWriter.create(tmp_path, unknown).missing == (1, 2)  # who does not know it does not compare it
+    assert contents(tmp_path) == before
+
+
+def test_a_store_is_extended_only_if_the_items_it_has_are_the_same(tmp_path):
+    write(tmp_path, DIGESTED)
+    before = contents(tmp_path)
+    more = dataclasses.replace(DIGESTED, plan=sae.Plan(8, 2), items_digest="sha256:more")
+    with pytest.raises(sae.InputError, match="items_digest is 'sha256:i' there and 'sha256:x'"):
+        sae.StoreWriter.extend(tmp_path, more, items_digest="sha256:x")
+    other = dataclasses.replace(more, weights_digest="sha256:x")
+    with pytest.raises(sae.InputError, match="weights_digest is 'sha256:w' there"):
+        sae.StoreWriter.extend(tmp_path, other, items_digest="sha256:i")
+    assert contents(tmp_path) == before
+    assert sae.StoreWriter.extend(tmp_path, more, items_digest="sha256:i").manifest.to_json() == more.to_json()
+    assert sae.Manifest.read(tmp_path / "manifest.json").items_digest == "sha256:more"
+
+
+def test_a_store_of_an_earlier_version_is_read_and_resumed(tmp_path):
+    """It said nothing of columns and digests."""
+    write(tmp_path, shards=[0])
+    edit_json(tmp_path / "manifest.json", columns="DROP", weights_digest="DROP", items_digest="DROP")
+    same(sae.ActivationStore.open(tmp_path)[:], shard_rows(MANIFEST, 0))
+    write(tmp_path, DIGESTED)
+    assert sae.ActivationStore.open(tmp_path).complete
+    with pytest.raises(sae.InputError, match=r"columns is \[\] there and \['colour'\] in this run"):
+        sae.StoreWriter.create(tmp_path, dataclasses.replace(MANIFEST, columns=("colour",)))
+
+
+def test_rows_of_other_columns_are_not_joined():
+    rows = shard_rows(MANIFEST, 0)
+    other = rows._replace(colour=np.zeros(len(rows.item), np.int8))
+    with pytest.raises(sae.InputError, match="colour, expected activations"):
+        sae.Rows.concatenate([rows, other])
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    write(tmp_path)
+    with pytest.raises(sae.InputError, match="column: found 'colour', expected one of activations, token_ids"):
+        sae.ActivationStore.open(tmp_path).column("colour")
+
+
 def test_another_patch_release_goes_on_with_the_store_as_it_is(tmp_path):
     """Versions are what the first run had: the finished bytes do not depend on who went on."""
     write(tmp_path / "whole")
@@ -229,7 +294,7 @@ def test_rows_of_an_item_that_the_sidecar_does_not_name_are_refused(tmp_path):
     write(tmp_path)
     path = tmp_path / "shards" / "000001.safetensors"
     store = sae.ActivationStore.open(tmp_path)
-    columns = {name: np.array(column) for name, column in store.shards[1].columns()._asdict().items()}
+    columns = {name: np.array(column) for name, column in store.shards[1].columns().columns.items()}
     columns["item"][-1] = 99
     safetensors.numpy.save_file(columns, path)
     with pytest.raises(sae.InputError, match=r"000001\.safetensors: item: found \d+ to 99, expected 2 to 3"):
@@ -259,7 +324,7 @@ def copy(source: str, target: str):
     return lambda directory: shutil.copy(directory / "shards" / source, directory / "shards" / target)
 
 
-def cut(path: Path, keep: bytes, size: int) -> None:
+def trim(path: Path, keep: bytes, size: int) -> None:
     path.write_bytes((path.read_bytes() if not keep else keep * path.stat().st_size)[: path.stat().st_size - size])
 
 
@@ -274,6 +339,10 @@ BROKEN = {
     "a field is missing": (manifest(seed="DROP"), "seed: found nothing"),
     "an unknown field": (manifest(colour=1), "colour: found an unknown field"),
     "a float for an int": (manifest(d_model=3.0), "d_model: found 3.0"),
+    "an unknown column": (manifest(columns=["colour", "smell"]), "columns: found ('colour', 'smell')"),
+    "columns in another order": (manifest(columns=["colour", "row"]), "columns: found"),
+    "a column that no shard has": (manifest(columns=["colour"]), "colour: found nothing, expected int8 [3]"),
+    "a digest is a number": (manifest(weights_digest=3), "weights_digest: found 3"),
     "a bool for an int": (manifest(seed=True), "seed: found True"),
     "an unknown dtype": (manifest(dtype="int8"), "dtype: found 'int8'"),
     "no sites": (manifest(sites=[]), "sites: found"),
@@ -283,7 +352,7 @@ BROKEN = {
     "a plan without items": (manifest(plan={"items_per_shard": 1}), "plan.items: found"),
     "another plan": (manifest(plan={"items": 5, "items_per_shard": 3}), "item_range"),
     "a shard is gone": (lambda d: (d / "shards/000001.safetensors").unlink(), "bytes: found no file"),
-    "a shard is short": (lambda d: cut(d / "shards/000001.safetensors", b"", 1), "bytes: found"),
+    "a shard is short": (lambda d: trim(d / "shards/000001.safetensors", b"", 1), "bytes: found"),
     "a shard is another one": (copy("000000.safetensors", "000002.safetensors"), "000002.safetensors: bytes"),
     "rows disagree": (sidecar(rows=9), "activations: found bfloat16"),
     "the width disagrees": (manifest(d_model=4), "activations: found bfloat16"),
@@ -293,7 +362,7 @@ BROKEN = {
     "a sidecar's item is a text": (sidecar(items=["x", "y"]), "items: expected"),
     "a sidecar of no shard": (copy("000000.json", "000003.json"), "no planned"),
     "a stray sidecar": (copy("000000.json", "notes.json"), "no planned"),
-    "a shard is noise": (lambda d: cut(d / "shards/000000.safetensors", b"\xff", 0), "no valid safetensors"),
+    "a shard is noise": (lambda d: trim(d / "shards/000000.safetensors", b"\xff", 0), "no valid safetensors"),
 }  # fmt: skip
 
 
@@ -349,6 +418,7 @@ UNWRITABLE = {
     "NaN": (replaced(activations=np.full((3, 2, 3), np.nan, ROWS.activations.dtype)), "NaN or infinity"),
     "ids are short": (replaced(token_ids=np.zeros(2, np.int32)), "token_ids: found int32 [2]"),
     "positions are int64": (replaced(positions=np.zeros(3, np.int64)), "positions: found int64"),
+    "a column that the manifest lacks": (replaced(colour=np.zeros(3, np.int8)), "colour: found int8 [3], expected nothing"),
     "an item of another shard": (replaced(item=np.full(3, 2, np.int32)), "item: found 2 to 2"),
     "an item too few": (lambda: (ROWS, GOOD[:1]), "expected 2 of them"),
     "no outcome": (lambda: (ROWS, [{"text": ""}] * 2), "each with text and outcome"),

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import qwen_eqx
 import sae
 from qwen_lab import extending, files, provenance
@@ -77,6 +75,6 @@ class Shards:
         self.rows.append(rows)
         self.items.append(item)
         if number == planned.stop - 1:
-            self.writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*self.rows, strict=True))), self.items)
+            self.writer.write_shard(shard, sae.Rows.concatenate(self.rows), self.items)
             self.missing.discard(shard)
             self.rows, self.items = [], []

@@ -24,6 +24,7 @@ from sae.data.plan import Manifest, Plan
 from sae.data.rows import Rows
 from sae.errors import InputError
 
+Layout = dict[str, tuple[str, tuple[int, ...]]]
 _SIDECAR_FIELDS = {"rows": int, "bytes": int, "digest": str, "item_range": list, "items": list}
 
 
@@ -62,8 +63,7 @@ class StoreWriter:
             raise InputError(f"{directory}: found a file, expected a directory")
         path = directory / "manifest.json"
         if path.exists():
-            Manifest.read(path)
-            _check_same(path, files.read_json(path), manifest.to_json())
+            _check_same(path, Manifest.read(path), manifest)
             ActivationStore.open(directory)  # what is committed must be whole before anything is added to it
         else:
             _check_ours(directory)
@@ -74,8 +74,10 @@ class StoreWriter:
         return cls(directory, manifest)
 
     @classmethod
-    def extend(cls, directory: str | Path, manifest: Manifest, *fields: str) -> "StoreWriter":
+    def extend(cls, directory: str | Path, manifest: Manifest, *fields: str, items_digest: str = "") -> "StoreWriter":
         """Resume the store there with more items than it was planned for, and other values of these fields of its config.
+
+        `items_digest` is of the items that it was planned for, as this run finds them: its manifest must say the same.
 
         Full shards stay byte for byte. A last one that was not full is taken back and is missing again: the store becomes
         the one that would stand there had it been planned for all its items from the start.
@@ -87,7 +89,8 @@ class StoreWriter:
         more = dataclasses.replace(there.plan, items=max(there.plan.items, manifest.plan.items))
         changed = {name: manifest.config[name] for name in fields}
         wider = dataclasses.replace(there, plan=more, config=there.config | changed)
-        _check_same(path, wider.to_json(), manifest.to_json())
+        _check_same(path, wider, dataclasses.replace(manifest, items_digest=items_digest))
+        wider = dataclasses.replace(wider, items_digest=manifest.items_digest)
         ActivationStore.open(directory)
         last = there.plan.shards - 1
         if last >= 0 and there.plan.items_of(last) != more.items_of(last):
@@ -113,7 +116,7 @@ class StoreWriter:
         where = f"{self.directory}/shards/{shard:06d}"
         if Path(f"{where}.json").exists():
             raise InputError(f"{where}.json: found a committed shard, expected none: shards are written once")
-        columns = {name: np.ascontiguousarray(column) for name, column in rows._asdict().items()}  # else wrong bytes
+        columns = {name: np.ascontiguousarray(column) for name, column in rows.columns.items()}  # else wrong bytes
         self._check_rows(where, columns, planned)
         if len(items) != len(planned) or not all({"text", "outcome"} <= set(item) for item in items):
             raise InputError(f"{where}: items: expected {len(planned)} of them, each with text and outcome")
@@ -131,11 +134,8 @@ class StoreWriter:
 
     def _check_rows(self, where: str, columns: dict[str, np.ndarray], planned: range) -> None:
         activations, item = columns["activations"], columns["item"]
-        layout = _layout(self.manifest, len(item))
-        for name, column in columns.items():
-            found = (column.dtype.name, column.shape)
-            if found != layout[name]:
-                raise InputError(f"{where}: {name}: found {_spell(found)}, expected {_spell(layout[name])}")
+        found = {name: (column.dtype.name, column.shape) for name, column in columns.items()}
+        _check_layout(where, found, self.manifest.layout(len(item)))
         if len(item) and not (planned.start <= item.min() and item.max() < planned.stop):
             raise InputError(f"{where}: item: found {item.min()} to {item.max()}, expected within {planned}")
         if not np.isfinite(activations).all():
@@ -192,9 +192,11 @@ class ActivationStore:
         return {item["item"]: item for shard in self.shards for item in shard.items}
 
     def column(self, name: str) -> np.ndarray:
-        """One per-row column of the whole store (token_ids, positions, item or generated), to choose rows by."""
+        """One per-row column of the whole store (token_ids, positions, item, generated, colour …), to choose rows by."""
+        if name not in (layout := self.manifest.layout(0)):
+            raise InputError(f"{self.directory}: column: found {name!r:.40}, expected one of {', '.join(layout)}")
         parts = [getattr(columns, name) for columns in self._columns]
-        return np.concatenate(parts) if parts else np.empty(0, _layout(self.manifest, 0)[name][0])
+        return np.concatenate(parts) if parts else np.empty(0, layout[name][0])
 
     def __getitem__(self, index: int | slice | Int[np.ndarray, " rows"]) -> Rows:
         """Rows by number, slice or array of numbers; only what is asked for is read."""
@@ -204,7 +206,7 @@ class ActivationStore:
         if wanted.size and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
             raise IndexError(f"row {wanted.min()} to {wanted.max()} of a store with {len(self)} rows")
         rows = self._take(np.atleast_1d(wanted) % max(len(self), 1))
-        return rows if wanted.ndim else Rows(*(column[0, ...] for column in rows))
+        return rows if wanted.ndim else Rows(**{name: column[0, ...] for name, column in rows.columns.items()})
 
     def batches(
         self, batch_size: int, *, order: Int[np.ndarray, " rows"] | None = None, start: int = 0, drop_last: bool = False
@@ -242,7 +244,7 @@ class ActivationStore:
 
     def _take(self, wanted: np.ndarray) -> Rows:
         """Gather rows shard by shard into arrays in the order asked."""
-        layout = _layout(dataclasses.replace(self.manifest, sites=self.sites), len(wanted))
+        layout = dataclasses.replace(self.manifest, sites=self.sites).layout(len(wanted))
         taken = {name: np.empty(shape, files.numpy_dtype(dtype)) for name, (dtype, shape) in layout.items()}
         ends = np.cumsum([shard.rows for shard in self.shards])
         shard_of = np.searchsorted(ends, wanted, side="right")
@@ -250,21 +252,16 @@ class ActivationStore:
         for index in np.unique(shard_of):
             here = np.flatnonzero(shard_of == index)
             local = wanted[here] - (ends[index] - self.shards[index].rows)
-            for name, column in self._columns[index]._asdict().items():
+            for name, column in self._columns[index].columns.items():
                 taken[name][here] = column[local[:, None], sites] if name == "activations" else column[local]
         return Rows(**taken)
 
 
-def _layout(manifest: Manifest, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a shard."""
-    each = (rows,)
-    return {
-        "activations": (manifest.dtype, (rows, len(manifest.sites), manifest.d_model)),
-        "token_ids": ("int32", each),
-        "positions": ("int32", each),
-        "item": ("int32", each),
-        "generated": ("bool", each),
-    }
+def _check_layout(where: str, found: Layout, expected: Layout) -> None:
+    """Raise InputError unless there are exactly the expected tensors."""
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise InputError(f"{where}: {name}: found {_spell(found.get(name))}, expected {_spell(expected.get(name))}")
 
 
 def _spell(tensor: tuple[str, tuple[int, ...]] | None) -> str:
@@ -286,10 +283,7 @@ def _read_shard(path: Path, manifest: Manifest) -> Shard:
     found = tensors.stat().st_size if tensors.is_file() else "no file"
     if found != mark["bytes"]:
         raise InputError(f"{tensors}: bytes: found {found}, expected {mark['bytes']!r:.80} as its sidecar says")
-    header = files.read_header(tensors)
-    for name, expected in _layout(manifest, mark["rows"]).items():
-        if header.get(name) != expected:
-            raise InputError(f"{tensors}: {name}: found {_spell(header.get(name))}, expected {_spell(expected)}")
+    _check_layout(str(tensors), files.read_header(tensors), manifest.layout(mark["rows"]))
     return Shard(int(path.stem), tensors, mark["rows"], mark["bytes"], mark["digest"], tuple(mark["items"]))
 
 
@@ -304,16 +298,7 @@ def _check_ours(directory: Path) -> None:
             )
 
 
-def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise InputError listing every field in which a store's manifest differs from the run's.
-
-    Versions are recorded, not compared: a patch release of a library must not end a store.
-    """
-    old, new = (files.flatten({**manifest, "versions": {}}) for manifest in (found, expected))
-    differences = [
-        f"{field} is {old.get(field, 'absent')!r} there and {new.get(field, 'absent')!r} in this run"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field, "absent") != new.get(field, "absent")
-    ]
-    if differences:
+def _check_same(path: Path, there: Manifest, here: Manifest) -> None:
+    """Raise InputError listing every field in which a store's manifest differs from the run's."""
+    if differences := there.differences(here):
         raise InputError(f"{path}: found another run's store, expected the same config: {'; '.join(differences)}")
