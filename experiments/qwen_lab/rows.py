@@ -40,10 +40,10 @@ def manifest(
     )
 
 
-def writer(directory: Path, manifest: sae.Manifest) -> sae.StoreWriter:
+def writer(directory: Path | str, manifest: sae.Manifest) -> sae.StoreWriter:
     """Of a new store, of the same one resumed, or of one that was begun with a lower --limit."""
-    path, limit = directory / "manifest.json", manifest.config["limit"]
-    if path.exists() and extending.raised(directory, "limit", sae.Manifest.read(path).config.get("limit"), limit):
+    there, limit = sae.Manifest.there(directory), manifest.config["limit"]
+    if there is not None and extending.raised(directory, "limit", there.config.get("limit"), limit):
         return sae.StoreWriter.extend(directory, manifest, "limit")
     return sae.StoreWriter.create(directory, manifest)
 

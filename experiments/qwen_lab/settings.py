@@ -23,6 +23,8 @@ class RunConfig:
     """live: activations straight from the model; store: replayed from the shards of `extract.py`."""
     store: Path = Path("runs/extract")
     """Activation store, for --source store."""
+    partial_store: bool = False
+    """Train on the shards that are there, of a store that is not finished."""
     form: Form = "topk"
     """Of the dictionary."""
     sweep: flags.Axes = ()
@@ -116,12 +118,13 @@ def k_of(config: RunConfig) -> int:
     return 16 if config.k is None else config.k
 
 
+NEVER_SETTLED = ("out", "checkpoint_every", "partial_store")
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """What a run may not change while it goes on, but for raising what is RAISABLE."""
-    kept = {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    kept = {name: value for name, value in files.jsonable(config).items() if name not in NEVER_SETTLED}
     return kept | {"k": k_of(config)}
 
 
