@@ -9,6 +9,7 @@ A network's refusals for a while (429, 5xx, timeouts, broken connections) are wa
 
 import abc
 import dataclasses
+import os
 import random
 import re
 import shutil
@@ -96,8 +97,10 @@ class Local(Place):
         return self.path.stat().st_size if self.path.is_file() else None
 
     def sizes(self) -> dict[str, int | None]:
-        entries = self.path.iterdir() if self.path.is_dir() else ()
-        return {entry.name: Local(entry).size() for entry in entries}
+        if not self.path.is_dir():
+            return {}
+        with os.scandir(self.path) as entries:
+            return {entry.name: entry.stat().st_size if entry.is_file() else None for entry in entries}
 
     def read(self) -> bytes:
         return self.path.read_bytes()

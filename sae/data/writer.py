@@ -46,8 +46,9 @@ class StoreWriter:
             _check_ours(home)
         if isinstance(home, Local):
             files.make_directory(home.path / "shards")
-            files.fsync_directory(home.path.parent)
         if there is None:
+            if isinstance(home, Local):
+                files.fsync_directory(home.path.parent)
             (home / "manifest.json").create(files.dump_json(manifest.to_json()))
         return cls(home.location, manifest)
 
