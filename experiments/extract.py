@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from rich.table import Table
 
 import arc
@@ -106,7 +105,7 @@ def fill(
                     said.append(entry(out, row, items[number], tokenizer))
                 speed = f"{read / seconds:,.0f} prompt, {generated / seconds:,.0f} generated tok/s"
                 advance(len(batch), f"{speed} ")
-            writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*parts, strict=True))), said)
+            writer.write_shard(shard, sae.Rows.concatenate(parts), said)
     report(config, speed)
 
 

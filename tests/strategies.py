@@ -84,6 +84,7 @@ def manifest_fields(draw):
         "plan": sae.Plan(draw(st.integers(1, 9)), draw(st.integers(1, 10))),
         "config": {},
         "versions": {},
+        "columns": draw(st.sampled_from([(), ("colour",), ("pair", "part", "row", "col", "colour")])),
     }
 
 

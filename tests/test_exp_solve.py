@@ -98,7 +98,7 @@ def test_captured_rows_are_those_of_extract(source, tmp_path):
     assert ours.complete
     assert ours.sites == theirs.sites
     assert [item["text"] for item in ours.items.values()] == [item["text"] for item in theirs.items.values()]
-    for name, column, expected in zip(sae.Rows._fields, ours[:], theirs[:], strict=True):
+    for name, column, expected in ((name, column, theirs.column(name)) for name, column in ours[:].columns.items()):
         if name == "activations":  # prompts of other lengths beside them: sums in another order
             np.testing.assert_allclose(column, expected, rtol=1e-4, atol=1e-4)
         else:

@@ -73,7 +73,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "generation without capture": (lambda: running.generate([[1]], capture=None), ["activations=None"]),
     "config": (lambda: tiny.CONFIGS["qwen3"], ["model_type='qwen3'", "max_seq=64"]),
     "rows": (lambda: rows(9000), ["Rows(activations=float32[9000, 3, 8]", "generated=bool[9000]"]),
-    "one row": (lambda: sae.Rows(*(column[0, ...] for column in rows(3))), ["activations=float32[3, 8]", "item=int32[]"]),
+    "one row": (lambda: jax.tree.map(lambda column: column[0, ...], rows(3)), ["activations=float32[3, 8]", "item=int32[]"]),
     "plan": (lambda: MANIFEST.plan, ["Plan(items=1200, items_per_shard=100)"]),
     "manifest": (lambda: MANIFEST, ["a-model", "hook_resid_post, … (24 in all)", "bfloat16, d_model=64", "items=1200"]),
     "store": (lambda: sae.ActivationStore(EMBEDDED, MANIFEST, (), MANIFEST.sites), ["0 rows", "(24 in all)", "0 shards"]),

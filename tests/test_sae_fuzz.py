@@ -50,7 +50,7 @@ def store(where: Path) -> None:
     for shard in writer.missing:
         items = writer.plan.items_of(shard)
         rows = [sae.Rows.of_sequence([1, 2], [3], item, np.ones((2, 1, 2), np.float32)) for item in items]
-        whole = sae.Rows(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+        whole = sae.Rows.concatenate(rows)
         writer.write_shard(shard, whole, [{"text": "12", "outcome": "wrong"} for _ in items])
 
 

@@ -50,7 +50,9 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     default = places.JOINED.join(store.sites) if form_of(config).several_sites else store.sites[0]
     members = sweeps.make_members(config, combined, places.in_store(store), default)
     sites = sweeps.sites_of(members)
-    source = sources.Stored(store, held_out=config.held_out, sites=sites, prompts=config.prompts)
+    source = sources.Stored(
+        store, held_out=config.held_out, sites=sites, prompts=config.prompts, partial=config.partial_store
+    )
     manifest = store.manifest
     said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
     text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)

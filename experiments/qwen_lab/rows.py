@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import qwen_eqx
 import sae
 from qwen_lab import extending, files, provenance
@@ -42,10 +40,10 @@ def manifest(
     )
 
 
-def writer(directory: Path, manifest: sae.Manifest) -> sae.StoreWriter:
+def writer(directory: Path | str, manifest: sae.Manifest) -> sae.StoreWriter:
     """Of a new store, of the same one resumed, or of one that was begun with a lower --limit."""
-    path, limit = directory / "manifest.json", manifest.config["limit"]
-    if path.exists() and extending.raised(directory, "limit", sae.Manifest.read(path).config.get("limit"), limit):
+    there, limit = sae.Manifest.there(directory), manifest.config["limit"]
+    if there is not None and extending.raised(directory, "limit", there.config.get("limit"), limit):
         return sae.StoreWriter.extend(directory, manifest, "limit")
     return sae.StoreWriter.create(directory, manifest)
 
@@ -77,6 +75,6 @@ class Shards:
         self.rows.append(rows)
         self.items.append(item)
         if number == planned.stop - 1:
-            self.writer.write_shard(shard, sae.Rows(*map(np.concatenate, zip(*self.rows, strict=True))), self.items)
+            self.writer.write_shard(shard, sae.Rows.concatenate(self.rows), self.items)
             self.missing.discard(shard)
             self.rows, self.items = [], []

@@ -23,6 +23,8 @@ class RunConfig:
     """live: activations straight from the model; store: replayed from the shards of `extract.py`."""
     store: Path = Path("runs/extract")
     """Activation store, for --source store."""
+    partial_store: bool = False
+    """Train on the shards that are there, of a store that is not finished."""
     form: Form = "topk"
     """Of the dictionary."""
     sweep: flags.Axes = ()
@@ -119,7 +121,7 @@ def k_of(config: RunConfig) -> int:
     return 16 if config.k is None else config.k
 
 
-FREE = ("out", "checkpoint_every", "track")  # change no result
+FREE = ("out", "checkpoint_every", "partial_store", "track")  # change no result
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 

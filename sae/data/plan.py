@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae import files, shown
+from sae import files, shown, storage
 from sae.errors import InputError
 
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype and shape of a tensor
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
+PLACES = ("pair", "part", "row", "col", "colour")  # int8 columns that say where in a puzzle a row stands
+DIGESTS = ("weights_digest", "items_digest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,16 @@ class Plan:
     @property
     def shards(self) -> int:
         return -(-self.items // self.items_per_shard)
+
+    def share(self, missing: Sequence[int], worker: int, workers: int) -> tuple[int, ...]:
+        """Which of the missing shards are worker `worker`'s of 0 … workers − 1: those with shard ≡ worker (mod workers).
+
+        A shard's worker depends on its number alone, so workers that start at different times, and find other shards
+        missing, still write each of them once; another number of workers deals anew what is missing then.
+        """
+        if not 0 <= worker < workers:
+            raise InputError(f"worker: found {worker} of {workers}, expected 0 to {workers - 1}")
+        return tuple(shard for shard in missing if shard % workers == worker)
 
     def items_of(self, shard: int) -> range:
         if not 0 <= shard < self.shards:
@@ -44,6 +58,9 @@ class Manifest:
     plan: Plan
     config: dict[str, Any]  # the resolved run config
     versions: dict[str, str]  # package -> version
+    columns: tuple[str, ...] = ()  # those of PLACES that every row has
+    weights_digest: str = ""  # of the model's weights; empty where the writer does not know
+    items_digest: str = ""  # of all that the items are; empty where the writer does not know
 
     def __repr__(self) -> str:
         sites = shown.listed(self.sites)
@@ -54,22 +71,31 @@ class Manifest:
         return json.loads(files.dump_json(fields))  # as it will be read back: tuples become lists
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        found = files.read_json(path)
+    def there(cls, directory: Path | str) -> "Manifest | None":
+        """Of the store in a directory or at a URL, if there is one."""
+        path = storage.place(directory) / "manifest.json"
+        return None if path.size() is None else cls.read(path.location)
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Manifest":
+        found = storage.place(path).json()
+        found = {"columns": [], **dict.fromkeys(DIGESTS, ""), **found}  # earlier versions wrote none of these
         if (version := found.get("format_version")) != FORMAT_VERSION:
             said = repr(version) if "format_version" in found else "nothing"
             raise InputError(f"{path}: format_version: found {said:.80}, expected {FORMAT_VERSION}")
         files.check_fields(path, found, {"format_version": int, **_MANIFEST_FIELDS})
         files.check_fields(path, found["plan"], {"items": int, "items_per_shard": int}, prefix="plan.")
-        for field, values in {"sites": found["sites"], "versions": found["versions"].values()}.items():
+        named = {"sites": found["sites"], "columns": found["columns"], "versions": found["versions"].values()}
+        for field, values in named.items():
             if not all(isinstance(value, str) for value in values):
                 raise InputError(f"{path}: {field}: found {found[field]!r:.80}, expected strings")
         try:
             files.dump_json(found)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        fields = {name: found[name] for name in _MANIFEST_FIELDS}
-        manifest = cls(**fields | {"sites": tuple(found["sites"]), "plan": Plan(**found["plan"])})
+        fields: dict[str, Any] = {name: found[name] for name in _MANIFEST_FIELDS}
+        fields |= {"sites": tuple(found["sites"]), "columns": tuple(found["columns"]), "plan": Plan(**found["plan"])}
+        manifest = cls(**fields)
         manifest.check(str(path))
         return manifest
 
@@ -79,6 +105,7 @@ class Manifest:
             "sites": (self.sites, "distinct names, at least one", 0 < len(self.sites) == len(set(self.sites))),
             "dtype": (self.dtype, f"one of {', '.join(DTYPES)}", self.dtype in DTYPES),
             "d_model": (self.d_model, "at least 1", self.d_model > 0),
+            "columns": (self.columns, f"some of {', '.join(PLACES)}, in this order", self.columns == self._places()),
             "plan.items": (self.plan.items, "0 to 2147483647", 0 <= self.plan.items < 2**31),
             "plan.items_per_shard": (self.plan.items_per_shard, "at least 1", self.plan.items_per_shard > 0),
         }
@@ -86,8 +113,38 @@ class Manifest:
             if not holds:
                 raise InputError(f"{where}: {field}: found {found!r:.80}, expected {expected}")
 
+    def _places(self) -> tuple[str, ...]:
+        return tuple(name for name in PLACES if name in self.columns)
+
+    def layout(self, rows: int) -> Layout:
+        """Dtype and shape of each tensor of a shard of so many rows."""
+        each = (rows,)
+        return {
+            "activations": (self.dtype, (rows, len(self.sites), self.d_model)),
+            "token_ids": ("int32", each),
+            "positions": ("int32", each),
+            "item": ("int32", each),
+            "generated": ("bool", each),
+            **dict.fromkeys(self.columns, ("int8", each)),
+        }
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """Every field in which a store's manifest differs from the `other` of a run, spelled.
+
+        Versions are recorded, not compared: a patch release of a library must not end a store. A digest that one of the
+        two does not know is not compared.
+        """
+        old, new = (files.flatten({**manifest.to_json(), "versions": {}}) for manifest in (self, other))
+        unknown = {name for name in DIGESTS if not (old[name] and new[name])}
+        return [
+            f"{field} is {old.get(field, 'absent')!r} there and {new.get(field, 'absent')!r} in this run"
+            for field in sorted((old.keys() | new.keys()) - unknown)
+            if old.get(field, "absent") != new.get(field, "absent")
+        ]
+
 
 _MANIFEST_FIELDS = {
     "model_id": str, "revision": (str, type(None)), "config_digest": str, "tokenizer_digest": str, "sites": list,
-    "dtype": str, "d_model": int, "seed": int, "plan": dict, "config": dict, "versions": dict,
+    "dtype": str, "d_model": int, "seed": int, "plan": dict, "config": dict, "versions": dict, "columns": list,
+    "weights_digest": str, "items_digest": str,
 }  # fmt: skip
