@@ -43,7 +43,7 @@ class Config:
     held_out_families: flags.Words = HELD_OUT_FAMILIES
     """Families that are never trained on, and measured apart."""
     data: flags.Paths = ()
-    """Other sources of tasks, such as arc-agi-1/evaluation."""
+    """Other data, by name or path. Tasks, such as arc-agi-1/evaluation."""
     data_limit: Count = 400
     """Tasks of each of these, from the first."""
     votes: Count = 8
