@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -150,41 +151,52 @@ def plan(config: Config) -> Job:
     room = config.context_length if config.mode == "forward" else model.config.max_seq - config.max_new_tokens
     corpus = corpora.corpus(config, tokenizer, min(room, config.context_length))
     cli.say_what_a_demo_is(config.model)
-    return Job(config, model, tokenizer, capture, choice, corpus, look_through(config, corpus), share)
+    return Job(config, model, tokenizer, capture, choice, corpus, look_through(config, corpus, tokenizer), share)
 
 
-def look_through(config: Config, corpus: Corpus) -> Index:
-    """One pass over the data, against what a store that stands there says of it."""
-    if not (config.out / "manifest.json").is_file():
-        return Index.of(corpus, config.items_per_shard)
-    store = sae.ActivationStore.open(config.out)
-    committed = store.items
+def settled(config: Config) -> dict[str, Any]:
+    """The flags that must agree for a run to go on."""
+    return {name: value for name, value in files.jsonable(config).items() if name not in FREE}
 
-    def compare(number: int, passage: Passage) -> None:
-        said = committed.get(number, {})
-        if said.get("digest", passage.digest) != passage.digest:
-            names = [passage.name, passages.named(said)]
-            found, expected = (
-                names if names[0] != names[1] else [f"{names[0]} with other tokens", f"{names[1]} as it was"]
-            )
-            where = f"--{'data' if config.data else 'tasks'}: found {found} as item {number}"
-            raise InputError(f"{where}, expected {expected} in the store {config.out}")
 
-    return Index.of(corpus, config.items_per_shard, store.manifest.plan.items, compare)
+def look_through(config: Config, corpus: Corpus, tokenizer: qwen_eqx.Tokenizer) -> Index:
+    """One pass over the data; an item that is another one than in the store that stands there is named."""
+    there, committed = None, {}
+    if (config.out / "manifest.json").is_file():
+        store = sae.ActivationStore.open(config.out)
+        there, asked = store.manifest, settled(config) | {"limit": store.manifest.config.get("limit")}
+        if there.config == asked and there.tokenizer_digest == f"sha256:{tokenizer.digest}":
+            committed = store.items  # else the writer says in what the runs differ
+    with cli.bar(None, "looking through the data", "items") as advance:
+
+        def seen(number: int, passage: Passage) -> None:
+            check_same_item(config, number, passage, committed.get(number, {}))
+            advance(1)
+            stopping.check()
+
+        return Index.of(corpus, config.items_per_shard, 0 if there is None else there.plan.items, seen)
+
+
+def check_same_item(config: Config, number: int, passage: Passage, said: Mapping[str, Any]) -> None:
+    """Raises if a store holds another item of this number than the data do now."""
+    if said.get("digest", passage.digest) == passage.digest:
+        return
+    found, expected = passage.name, passages.named(said)
+    if found == expected:
+        found, expected = f"{found} with other tokens", f"{expected} as it was"
+    flag = "--data" if config.data else "--tasks"
+    raise InputError(f"{flag}: found {found} as item {number}, expected {expected} in the store {config.out}")
 
 
 def open_store(job: Job) -> sae.StoreWriter:
     """The store of this run, new or gone on with; damaged shards are missing again with --verify."""
-    config = job.config
-    settings = {name: value for name, value in files.jsonable(config).items() if name not in FREE}
+    config, index = job.config, job.index
     columns = () if corpora.reads_texts(config) else PLACES
-    origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settings, columns, job.index.digest)
-    manifest = rows.manifest(job.model, job.tokenizer, job.capture, job.index.plan, origin)
-    if (config.out / "manifest.json").is_file():
-        there = sae.Manifest.read(config.out / "manifest.json").plan.items
-        writer = rows.writer(config.out, manifest, job.index.digests.get(there, ""))
-    else:
-        writer = rows.writer(config.out, manifest)
+    origin = rows.Origin(
+        config.model, config.revision, config.dtype, config.seed, settled(config), columns, index.digest
+    )
+    manifest = rows.manifest(job.model, job.tokenizer, job.capture, index.plan, origin)
+    writer = rows.writer(config.out, manifest, next(iter(index.digests.values()), ""))
     provenance.record_run(config.out, config)
     return writer
 
@@ -204,13 +216,13 @@ def fill(job: Job, writer: sae.StoreWriter) -> str:
     meter = Meter(config.out / name, tokens)
     if not todo:
         return ""
-    sites = job.capture.resolve(job.model.config)
+    reader = Reader(job.model, job.capture.resolve(job.model.config), config.batch_tokens if job.forward else 1)
+    reader.check_room(job.index.longest + job.new)
     with (
         cli.bar(items, "reading" if job.forward else "generating", "items") as advance,
         Background(writer.write_shard, meter) as background,
     ):
         shards = Shards(writer, todo, background.put)
-        reader = Reader(job.model, sites, config.batch_tokens if job.forward else 1)
         extraction = Extraction(reader, job.tokenizer, job.choice, shards, meter, advance)
         arriving = job.index.read(job.corpus, todo)
         if job.forward:

@@ -1,6 +1,7 @@
 """The flags that say what is read, and the passages that they name: ARC tasks, their answers, or texts of any kind."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -67,6 +68,12 @@ def resolved(asked: Any, model: qwen_eqx.QwenConfig) -> Any:
     return dataclasses.replace(asked, context_length=length, limit=limit)
 
 
+def tasks_of(asked: Any) -> Iterator[arc.Task]:
+    """The ARC tasks that flags name."""
+    every = (task for source in asked.data or (asked.tasks,) for task in arc.iter_tasks(source))
+    return itertools.islice(every, asked.limit)
+
+
 def corpus(asked: Any, tokenizer: qwen_eqx.Tokenizer, budget: int) -> Corpus:
     """The passages that resolved flags name; `budget` is of a prompt's tokens with those of a given answer."""
     if reads_texts(asked):
@@ -74,10 +81,7 @@ def corpus(asked: Any, tokenizer: qwen_eqx.Tokenizer, budget: int) -> Corpus:
         return Texts(asked.data, tokenizer, asked.context_length, asked.fit, bos, asked.limit)
     asking = prompts.asking(tokenizer, budget=budget, encoder=asked.encoder, format=asked.prompt)
 
-    def tasks() -> Iterator[arc.Task]:
-        every = (task for source in asked.data or (asked.tasks,) for task in arc.iter_tasks(source))
-        return itertools.islice(every, asked.limit)
-
+    tasks = functools.partial(tasks_of, asked)
     if asked.mode == "generate" or asked.answers in (puzzles.NONE, puzzles.RIGHT):
         return puzzles.Puzzles(
             tasks, tokenizer, asking, right=asked.mode == "forward" and asked.answers == puzzles.RIGHT

@@ -171,7 +171,7 @@ class Extraction:
             place = f"{self.reader.sites[site]}, position {position}"
             raise RunError(
                 f"item {read.number} ({passage.name}): found NaN or infinity at {place}, expected finite activations; the "
-                "shards before it are kept"
+                "shards that are whole are kept"
             )
         if passage.marks is not None and (self.columns or self.choice.positions in choosing.NEED_MARKS):
             pairs = 0 if passage.asked is None else len(passage.asked.task.train)

@@ -1,6 +1,7 @@
 """What an item of a store is made of, as a stream: passages of token ids, each where it began, read again from anywhere."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +45,7 @@ class Passage:
     def name(self) -> str:
         return named(self.said)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Sixteen digits of what it is: a store that goes on over other data is told from one that goes on."""
         data = np.asarray(self.tokens, "<i4").tobytes() + json.dumps([self.prompt, self.name]).encode()

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 import qwen_eqx
+from qwen_eqx.model.room import check_room, free_device_bytes
 from qwen_eqx.model.sites import Recorder, Site
 from qwen_eqx.text.ids import bucket, pad_right
 
@@ -45,6 +46,15 @@ class Reader:
 
     def rows(self, width: int) -> int:
         return max(1, self.together // width)
+
+    def check_room(self, longest: int) -> None:
+        """Raises if two batches of what is kept, one computed while the other is looked at, do not fit in memory."""
+        width = self.width(longest)
+        each = sum(site.width(self.model.config) for site in self.sites) * self.model.dtype.itemsize
+        needed = 2 * self.rows(width) * width * each
+        what = f"two batches of activations, {needed / 1e6:,.1f} MB,"
+        lower = "the length of items, the tokens read together or the number of sites"
+        check_room(what, needed, free_device_bytes(), lower)
 
     def start(self, items: Sequence[Sequence[int]], width: int, prompts: Sequence[int] = (), new: int = 0) -> Pass:
         """Begins a pass; its arrays are waited for when they are looked at.

@@ -10,13 +10,17 @@ import tyro
 import sae
 from qwen_lab import bounds, files, flags, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
+from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
 
 Form = Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(list(sae.FORMS)))]
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
+TASKS = Unsaid(120)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(OfData):
     """What a training run is told."""
 
     source: Literal["live", "store"] = "live"
@@ -36,8 +40,9 @@ class RunConfig:
     tasks: str = wording.AUTO
     """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
     auto: the procedural tasks that the model was trained for, or arc-agi-1/training. Live only."""
-    limit: CountOrNone = 120
-    """Tasks to take, from the first; None takes all. Held-out ones are among them. Live only."""
+    limit: CountOrNone = TASKS
+    """Tasks to take, from the first; None takes all. Held-out ones are among them. Of texts it counts documents, and all are
+    taken unless it is given. Live only."""
     held_out: Count = 20
     """Of these the last so many are never trained on; the metrics at the end are theirs."""
     layer: Whole | None = None
@@ -116,6 +121,7 @@ def k_of(config: RunConfig) -> int:
     return 16 if config.k is None else config.k
 
 
+EARLIER = files.jsonable(OfData())  # what runs that know none of these flags did
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 
@@ -126,6 +132,7 @@ def settled(config: RunConfig) -> dict[str, Any]:
 
 
 LIVE = (
+    *EARLIER,
     "model",
     "revision",
     "dtype",
