@@ -75,7 +75,7 @@ def timings(model: Qwen, width: int, config: Config) -> tuple[float, float, Mete
     items = measure.random_prompts(model.config, together * config.batches, width)
     batches = [jnp.asarray(part) for part in items.reshape(config.batches, together, width)]
     bare, whole = [], []
-    meter = Meter(Path(), 1)
+    meter = Meter(1)
     for _ in range(config.repeats + 1):
         begin = time.perf_counter()
         for batch in batches:
@@ -102,7 +102,7 @@ def extract(reader: Reader, passages: Iterator[tuple[int, Passage]], plan: sae.P
         seed=0, plan=plan, config={}, versions={},
     )  # fmt: skip
     writer = sae.StoreWriter.create(directory / "store", manifest)
-    meter = Meter(directory / "metrics.jsonl", 1)
+    meter = Meter(1)
     with Background(writer.write_shard, meter) as background:
         shards = Shards(writer, write=background.put)
         Extraction(reader, from_pretrained("tiny-random")[1], Choice(), shards, meter, lambda *_: None).forward(

@@ -43,7 +43,7 @@ from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
 from qwen_lab.extraction import Extraction
 from qwen_lab.locks import Share
-from qwen_lab.meter import Meter
+from qwen_lab.meter import Meter, to_file
 from qwen_lab.passages import Corpus, Index, Passage
 from qwen_lab.reading import Reader
 from qwen_lab.writing import Background, Shards
@@ -163,10 +163,11 @@ def look_through(config: Config, corpus: Corpus, tokenizer: qwen_eqx.Tokenizer) 
     """One pass over the data; an item that is another one than in the store that stands there is named."""
     there, committed = None, {}
     if (config.out / "manifest.json").is_file():
-        store = sae.ActivationStore.open(config.out)
-        there, asked = store.manifest, settled(config) | {"limit": store.manifest.config.get("limit")}
-        if there.config == asked and there.tokenizer_digest == f"sha256:{tokenizer.digest}":
-            committed = store.items  # else the writer says in what the runs differ
+        there = sae.Manifest.read(config.out / "manifest.json")
+        asked = settled(config) | {"limit": there.config.get("limit")}
+        same = there.config == asked and there.tokenizer_digest == f"sha256:{tokenizer.digest}"
+        if same and not config.verify:  # else the writer says in what the runs differ, or shards may be damaged
+            committed = sae.ActivationStore.open(config.out).items
     with cli.bar(None, "looking through the data", "items") as advance:
 
         def seen(number: int, passage: Passage) -> None:
@@ -191,6 +192,9 @@ def check_same_item(config: Config, number: int, passage: Passage, said: Mapping
 def open_store(job: Job) -> sae.StoreWriter:
     """The store of this run, new or gone on with; damaged shards are missing again with --verify."""
     config, index = job.config, job.index
+    if config.verify and (config.out / "manifest.json").is_file():
+        for shard, problem in rows.take_back_damaged(config.out).items():
+            cli.console.print(f"shard {shard} is made again: {problem}", markup=False)
     columns = () if corpora.reads_texts(config) else PLACES
     origin = rows.Origin(
         config.model, config.revision, config.dtype, config.seed, settled(config), columns, index.digest
@@ -213,7 +217,7 @@ def fill(job: Job, writer: sae.StoreWriter) -> str:
     items = sum(len(writer.plan.items_of(shard)) for shard in todo)
     tokens = sum(job.index.tokens[shard] for shard in todo)
     name = "metrics.jsonl" if job.share is None else f"metrics{job.share.suffix}.jsonl"
-    meter = Meter(config.out / name, tokens)
+    meter = Meter(tokens, to_file(config.out / name))
     if not todo:
         return ""
     reader = Reader(job.model, job.capture.resolve(job.model.config), config.batch_tokens if job.forward else 1)

@@ -106,6 +106,28 @@ def test_shares_of_a_plan_make_the_same_store(plain: extract.Config, tmp_path: P
     assert contents(out) == contents(plain.out)
 
 
+@pytest.mark.parametrize("damage", ["a bit", "the end", "the mark", "the tensors"])
+def test_a_damaged_shard_is_made_again(plain: extract.Config, damage: str, tmp_path: Path):
+    out = tmp_path / "damaged"
+    shutil.copytree(plain.out, out)
+    path = out / "shards" / "000001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    match damage:
+        case "a bit":
+            path.write_bytes(data)
+        case "the end":
+            path.write_bytes(data[:-1])
+        case "the mark":
+            path.with_suffix(".json").write_text("{")
+        case "the tensors":
+            path.unlink()
+    said = running.run(extract, dataclasses.replace(plain, verify=True, out=out))
+    assert "shard 1 is made again: " in said
+    assert "digests verified" in said
+    assert contents(out) == contents(plain.out)
+
+
 def test_other_data_in_the_same_place_are_refused(plain: extract.Config, tmp_path: Path):
     out = tmp_path / "out"
     shutil.copytree(plain.out, out)
@@ -239,7 +261,7 @@ def test_whatever_was_drafted_the_pass_that_stores_decides():
     out = completions.generate(model, tokenizer, [prompt], most)
     own = completions.tokens_of(out, 0).tolist()
     reader = Reader(model, qwen_eqx.Capture(layers=[1]).resolve(model.config), 1)
-    job = Extraction(reader, tokenizer, Choice(), mock.Mock(spec=Shards), Meter(Path("unused"), 1), lambda *_: None)
+    job = Extraction(reader, tokenizer, Choice(), mock.Mock(spec=Shards), Meter(1), lambda *_: None)
     tokens, whole = job._settled(prompt, list(own), most)
     assert tokens == own
     for at in range(len(own)):

@@ -53,7 +53,7 @@ def test_any_order_gives_the_same_store(tmp_path_factory, order: list[int], per_
 
 
 def test_it_writes_beside_and_all_is_there_at_the_end(tmp_path: Path):
-    writer, meter = store(tmp_path / "s"), Meter(tmp_path / "metrics.jsonl", 1)
+    writer, meter = store(tmp_path / "s"), Meter(1)
     names = set()
 
     def write(*shard) -> None:
@@ -78,7 +78,7 @@ def test_what_fails_stops_the_run_and_later_shards_are_not_written(tmp_path: Pat
         writer.write_shard(shard, *rest)
 
     def run() -> None:
-        with Background(write, Meter(tmp_path / "m", 1), room=1) as background:
+        with Background(write, Meter(1), room=1) as background:
             fill(Shards(writer, write=background.put), range(ITEMS))
 
     with pytest.raises(OSError, match="the disk is gone"):
@@ -90,7 +90,7 @@ def test_an_error_of_the_run_itself_leaves_what_was_handed_on_written(tmp_path: 
     writer = store(tmp_path / "s", 1)
 
     def run() -> None:
-        with Background(writer.write_shard, Meter(tmp_path / "m", 1)) as background:
+        with Background(writer.write_shard, Meter(1)) as background:
             fill(Shards(writer, write=background.put), range(3))
             raise KeyboardInterrupt
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ EVERY_SECONDS = 10.0
 class Meter:
     """Counts of what was done, and seconds by what they were spent on."""
 
-    def __init__(self, path: Path, tokens: int):
-        self.path, self.all_tokens = path, tokens
+    def __init__(self, tokens: int, log: Callable[[dict[str, Any]], None] = lambda line: None):
+        self.all_tokens, self.log = tokens, log
         self.counts: dict[str, int] = dict.fromkeys(("items", "tokens", "generated", "rows", "bytes", "shards"), 0)
         self.spent: dict[str, float] = dict.fromkeys(("computing", "waiting for data", "waiting for writing"), 0.0)
         self.writing = 0.0  # seconds of the thread that writes, beside the others
@@ -65,8 +65,17 @@ class Meter:
         return f"{speed}, {line['bytes'] / 1e6:,.1f} MB, {shares.replace('_', ' ')} "
 
     def record(self, now: bool = False) -> None:
-        """Appends a line, if the last one is old enough."""
+        """Logs a line, if the last one is old enough."""
         if now or time.perf_counter() - self.said >= EVERY_SECONDS:
             self.said = time.perf_counter()
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.line) + "\n")
+            self.log(self.line)
+
+
+def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Appends a line of JSON each time it is called."""
+
+    def log(line: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    return log

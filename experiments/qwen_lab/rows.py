@@ -11,6 +11,7 @@ import numpy as np
 import qwen_eqx
 import sae
 from qwen_lab import extending, files, provenance
+from sae.files import digest_file, fsync_directory, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +68,22 @@ def writer(directory: Path, manifest: sae.Manifest, items_digest: str = "") -> s
     if path.exists() and extending.raised(directory, "limit", sae.Manifest.read(path).config.get("limit"), limit):
         return sae.StoreWriter.extend(directory, manifest, "limit", items_digest=items_digest)
     return sae.StoreWriter.create(directory, manifest)
+
+
+def take_back_damaged(directory: Path) -> dict[int, str]:
+    """What is wrong with each damaged shard of a store, by its number; they are taken back and are missing again."""
+    damaged = {}
+    for mark in sorted((directory / "shards").glob("[0-9]*.json")):
+        tensors = mark.with_suffix(".safetensors")
+        try:
+            expected = read_json(mark).get("digest")
+            found = digest_file(tensors) if tensors.is_file() else "no file"
+            problem = "" if found == expected else f"{tensors}: digest: found {found}, expected {expected}"
+        except sae.InputError as error:
+            problem = str(error)
+        if problem:
+            damaged[int(mark.stem)] = problem
+            mark.unlink()  # the commit mark first
+            tensors.unlink(missing_ok=True)
+            fsync_directory(mark.parent)
+    return damaged
