@@ -47,6 +47,7 @@ from qwen_lab.meter import Meter, to_file
 from qwen_lab.passages import Corpus, Index, Passage
 from qwen_lab.reading import Reader
 from qwen_lab.writing import Background, Shards
+from sae import storage
 from sae.data.plan import PLACES
 
 FREE = ("out", "batch_size", "workers_of", "verify")  # what a run may be gone on with differently
@@ -99,7 +100,8 @@ class Config(OfData):
     verify: bool = False
     """Hash every shard that stands, and make the damaged ones again."""
     out: Path = Path("runs/extract")
-    """Directory of what is written. A store that was cut off, or is given a higher --limit, goes on where it stopped."""
+    """Directory of what is written. A store that was cut off, or is given a higher --limit, goes on where it stopped. Or a
+    URL such as s3://bucket/prefix; what else a run writes then lies in runs/."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,16 @@ class Job:
         return self.config.mode == "forward"
 
     @property
+    def home(self) -> Path | str:
+        """Where the store is."""
+        return files.location(self.config.out)
+
+    @property
+    def beside(self) -> Path:
+        """Where on this machine the run says of itself what it does."""
+        return files.beside(self.config.out)
+
+    @property
     def new(self) -> int:
         """Tokens that an item may have beside its own: the last one generated is never read."""
         return 0 if self.forward else self.config.max_new_tokens - 1
@@ -128,8 +140,8 @@ class Job:
 def main(config: Config) -> None:
     job = plan(config)
     config = job.config
-    with locks.claimed(config.out, job.share), stopping.within(GRACE):
-        with nullcontext() if job.share is None else locks.turn(config.out):
+    with locks.claimed(job.beside, job.share), stopping.within(GRACE):
+        with nullcontext() if job.share is None else locks.turn(job.beside):
             writer = open_store(job)
         speed = fill(job, writer)
     report(config, speed)
@@ -161,13 +173,12 @@ def settled(config: Config) -> dict[str, Any]:
 
 def look_through(config: Config, corpus: Corpus, tokenizer: qwen_eqx.Tokenizer) -> Index:
     """One pass over the data; an item that is another one than in the store that stands there is named."""
-    there, committed = None, {}
-    if (config.out / "manifest.json").is_file():
-        there = sae.Manifest.read(config.out / "manifest.json")
+    home = files.location(config.out)
+    there, committed = sae.Manifest.there(home), {}
+    if there is not None and not config.verify:
         asked = settled(config) | {"limit": there.config.get("limit")}
-        same = there.config == asked and there.tokenizer_digest == f"sha256:{tokenizer.digest}"
-        if same and not config.verify:  # else the writer says in what the runs differ, or shards may be damaged
-            committed = sae.ActivationStore.open(config.out).items
+        if there.config == asked and there.tokenizer_digest == f"sha256:{tokenizer.digest}":
+            committed = sae.ActivationStore.open(home).items  # else the writer says in what the runs differ
     with cli.bar(None, "looking through the data", "items") as advance:
 
         def seen(number: int, passage: Passage) -> None:
@@ -186,38 +197,49 @@ def check_same_item(config: Config, number: int, passage: Passage, said: Mapping
     if found == expected:
         found, expected = f"{found} with other tokens", f"{expected} as it was"
     flag = "--data" if config.data else "--tasks"
-    raise InputError(f"{flag}: found {found} as item {number}, expected {expected} in the store {config.out}")
+    where = f"the store {files.location(config.out)}"
+    raise InputError(f"{flag}: found {found} as item {number}, expected {expected} in {where}")
 
 
 def open_store(job: Job) -> sae.StoreWriter:
     """The store of this run, new or gone on with; damaged shards are missing again with --verify."""
     config, index = job.config, job.index
-    if config.verify and (config.out / "manifest.json").is_file():
-        for shard, problem in rows.take_back_damaged(config.out).items():
-            cli.console.print(f"shard {shard} is made again: {problem}", markup=False)
     columns = () if corpora.reads_texts(config) else PLACES
     origin = rows.Origin(
         config.model, config.revision, config.dtype, config.seed, settled(config), columns, index.digest
     )
     manifest = rows.manifest(job.model, job.tokenizer, job.capture, index.plan, origin)
-    writer = rows.writer(config.out, manifest, next(iter(index.digests.values()), ""))
-    provenance.record_run(config.out, config)
+    there = sae.Manifest.there(job.home)
+    if config.verify and there is not None and _same_but_longer(there, manifest):
+        for shard, problem in sae.StoreWriter.take_back_damaged(job.home).items():
+            cli.console.print(f"shard {shard} is made again: {problem}", markup=False)
+    writer = rows.writer(job.home, manifest, next(iter(index.digests.values()), ""))
+    provenance.record_run(job.beside, config)
+    if isinstance(job.home, str):
+        (storage.place(job.home) / "run.json").put((job.beside / "run.json").read_bytes())
     return writer
+
+
+def _same_but_longer(there: sae.Manifest, here: sae.Manifest) -> bool:
+    """Whether a store is this run's, begun perhaps with a lower --limit; of another run's nothing is taken back."""
+    config = there.config | {"limit": here.config["limit"]}
+    longer = dataclasses.replace(there, config=config, plan=here.plan, items_digest=here.items_digest)
+    return not longer.differences(here)
 
 
 def fill(job: Job, writer: sae.StoreWriter) -> str:
     """Every shard that is missing of this process's share; says how fast that was."""
     config = job.config
-    todo = list(writer.missing) if job.share is None else job.share.of_shards(writer.missing)
+    todo = writer.missing if job.share is None else job.share.of_plan(writer.plan, writer.missing)
     if len(writer.missing) < writer.plan.shards:
         cli.console.print(f"going on: {len(writer.missing)} of {writer.plan.shards} shards are missing")
-    cli.console.print(space.check(config.out, writer.manifest, job.index, todo, job.choice, job.new), markup=False)
+    cli.console.print(space.check(job.home, writer.manifest, job.index, todo, job.choice, job.new), markup=False)
     if not job.forward:
         cli.console.print(f"memory beside the weights, at most: {memory(job)}")
     items = sum(len(writer.plan.items_of(shard)) for shard in todo)
     tokens = sum(job.index.tokens[shard] for shard in todo)
     name = "metrics.jsonl" if job.share is None else f"metrics{job.share.suffix}.jsonl"
-    meter = Meter(tokens, to_file(config.out / name))
+    meter = Meter(tokens, to_file(job.beside / name))
     if not todo:
         return ""
     reader = Reader(job.model, job.capture.resolve(job.model.config), config.batch_tokens if job.forward else 1)
@@ -249,7 +271,8 @@ def memory(job: Job) -> qwen_eqx.MemoryPlan:
 
 def report(config: Config, speed: str) -> None:
     """Reads the store back and says what is in it."""
-    store = sae.ActivationStore.open(config.out)
+    home = files.location(config.out)
+    store = sae.ActivationStore.open(home)
     if config.verify:
         store.verify()
     items = [item for shard in store.shards for item in shard.items]
@@ -271,9 +294,9 @@ def report(config: Config, speed: str) -> None:
     if speed:
         table.add_row("speed", f"{speed}(compilation included)")
     table.add_row("items", ", ".join(f"{count} {name}" for name, count in said.most_common()))
-    table.add_row("where", str(config.out))
+    table.add_row("where", str(home))
     cli.console.print(table)
-    cli.console.print(f"next: python experiments/train_sae.py --source store --store {config.out}")
+    cli.console.print(f"next: python experiments/train_sae.py --source store --store {home}")
 
 
 if __name__ == "__main__":

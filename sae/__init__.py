@@ -5,9 +5,13 @@ from sae.codes.select import SparseCode as SparseCode
 from sae.data.buffer import ShuffleBuffer as ShuffleBuffer
 from sae.data.plan import Manifest as Manifest
 from sae.data.plan import Plan as Plan
+from sae.data.prefetch import prefetched as prefetched
 from sae.data.rows import Rows as Rows
+from sae.data.shuffle import shuffled as shuffled
+from sae.data.statistics import Statistics as Statistics
+from sae.data.statistics import statistics as statistics
 from sae.data.store import ActivationStore as ActivationStore
-from sae.data.store import StoreWriter as StoreWriter
+from sae.data.writer import StoreWriter as StoreWriter
 from sae.errors import InputError as InputError
 from sae.evaluation import metrics as metrics
 from sae.evaluation import report as report

@@ -19,3 +19,13 @@ class DiskFull(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: found {self.free:,} bytes free ({self.strerror}), expected room for {self.needed:,}"
+
+
+class StorageFailed(OSError):
+    """A remote store that went on failing: the message names the object and the last reason; commands exit with 1."""
+
+    def __init__(self, url: str, done: str, attempts: int, error: Exception):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        super().__init__(
+            f"{url}: found {attempts} failures ({reason:.200}), expected it {done}: give the command again"
+        )

@@ -40,9 +40,9 @@ def digest_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether `commit` made this file and was killed before its rename."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+def is_temporary(name: str) -> bool:
+    """Whether `commit` made the file of this name and was killed before its rename."""
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 def fsync_directory(directory: Path) -> None:
@@ -97,19 +97,24 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise InputError(f"{path}: found {size} bytes, expected at most {MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}, expected a JSON file") from None
+    return parse_json(str(path), data)
+
+
+def parse_json(where: str, data: bytes) -> dict[str, Any]:
+    """The object in these bytes; anything else raises InputError, which names `where` they are from."""
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: found no valid JSON ({error}), expected an object") from None
+        raise InputError(f"{where}: found no valid JSON ({error}), expected an object") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: found {type(value).__name__}, expected an object")
+        raise InputError(f"{where}: found {type(value).__name__}, expected an object")
     return value
 
 
-def check_fields(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> None:
+def check_fields(path: Path | str, found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> None:
     """Raise InputError unless `found` has exactly the expected fields with values of the expected types."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:

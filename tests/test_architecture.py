@@ -33,13 +33,15 @@ ORDER = {
         ],
     },
     "sae": {
-        "": ["errors", "files", "shown"],
+        "": ["errors", "files", "storage", "shown"],
         "codes": ["select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
             "crosscoder", "clamped",
         ],
-        "data": ["plan", "rows", "store", "buffer", "synthetic"],
+        "data": [
+            "plan", "rows", "shards", "store", "writer", "shuffle", "prefetch", "statistics", "buffer", "synthetic",
+        ],
         "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",

@@ -99,14 +99,6 @@ def test_an_error_of_the_run_itself_leaves_what_was_handed_on_written(tmp_path: 
     assert writer.missing == (3, 4, 5, 6)
 
 
-@given(st.integers(1, 9), st.sets(st.integers(0, 40)))
-def test_shares_are_all_of_it_and_do_not_overlap(of: int, missing: set[int]):
-    shares = [Share.parse(f"{number}/{of}").of_shards(sorted(missing)) for number in range(1, of + 1)]
-    assert sorted(shard for share in shares for shard in share) == sorted(missing)
-    again = [Share(number, of).of_shards(sorted(missing)[1:]) for number in range(1, of + 1)]
-    assert all(set(less) <= set(more) for less, more in zip(again, shares, strict=True))
-
-
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "a/b", "-1/2", "1/2/3"])
 def test_a_share_is_one(text: str):
     with pytest.raises(InputError, match="--workers-of: found"):

@@ -6,7 +6,7 @@ from typing import Any
 from qwen_lab.errors import InputError
 
 
-def raised(out: Path, flag: str, there: Any, here: int | None) -> bool:
+def raised(out: Path | str, flag: str, there: Any, here: int | None) -> bool:
     """Whether a flag says more than the run in `out` was begun with; None is all there are. Raises where it says less."""
     if type(there) not in (int, type(None)) or there == here:
         return False  # what an earlier run never wrote differs, and is for its reader to refuse

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import qwen_eqx
 import sae
-from qwen_lab import corpora, locks, places, prompts, sources, sweeps, wording
+from qwen_lab import corpora, files, locks, places, prompts, sources, sweeps, wording
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
@@ -45,11 +45,13 @@ def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:
 
 
 def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
-    store = sae.ActivationStore.open(config.store)
+    store = sae.ActivationStore.open(files.location(config.store))
     default = places.JOINED.join(store.sites) if form_of(config).several_sites else store.sites[0]
     members = sweeps.make_members(config, combined, places.in_store(store), default)
     sites = sweeps.sites_of(members)
-    source = sources.Stored(store, held_out=config.held_out, sites=sites, prompts=config.prompts)
+    source = sources.Stored(
+        store, held_out=config.held_out, sites=sites, prompts=config.prompts, partial=config.partial_store
+    )
     manifest = store.manifest
     said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
     text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)

@@ -5,13 +5,14 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from qwen_lab import files
 from qwen_lab.errors import InputError, full
+from sae.data.plan import Plan
 
 try:
     import fcntl
@@ -39,9 +40,9 @@ class Share(NamedTuple):
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 
-    def of_shards(self, missing: Iterable[int]) -> list[int]:
-        """Those of this share: a rule that all compute alike, whenever they look at what is missing."""
-        return [shard for shard in missing if shard % self.of == self.number - 1]
+    def of_plan(self, plan: Plan, missing: Sequence[int]) -> tuple[int, ...]:
+        """The missing shards that are this share's."""
+        return plan.share(missing, self.number - 1, self.of)
 
     @property
     def suffix(self) -> str:

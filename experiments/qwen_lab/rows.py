@@ -11,7 +11,6 @@ import numpy as np
 import qwen_eqx
 import sae
 from qwen_lab import extending, files, provenance
-from sae.files import digest_file, fsync_directory, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,31 +58,12 @@ def weights_digest(model: qwen_eqx.Qwen) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def writer(directory: Path, manifest: sae.Manifest, items_digest: str = "") -> sae.StoreWriter:
+def writer(directory: Path | str, manifest: sae.Manifest, items_digest: str = "") -> sae.StoreWriter:
     """Of a new store, of the same one resumed, or of one that was begun with a lower --limit.
 
     `items_digest` is of as many items as that one was planned for.
     """
-    path, limit = directory / "manifest.json", manifest.config["limit"]
-    if path.exists() and extending.raised(directory, "limit", sae.Manifest.read(path).config.get("limit"), limit):
+    there, limit = sae.Manifest.there(directory), manifest.config["limit"]
+    if there is not None and extending.raised(directory, "limit", there.config.get("limit"), limit):
         return sae.StoreWriter.extend(directory, manifest, "limit", items_digest=items_digest)
     return sae.StoreWriter.create(directory, manifest)
-
-
-def take_back_damaged(directory: Path) -> dict[int, str]:
-    """What is wrong with each damaged shard of a store, by its number; they are taken back and are missing again."""
-    damaged = {}
-    for mark in sorted((directory / "shards").glob("[0-9]*.json")):
-        tensors = mark.with_suffix(".safetensors")
-        try:
-            expected = read_json(mark).get("digest")
-            found = digest_file(tensors) if tensors.is_file() else "no file"
-            problem = "" if found == expected else f"{tensors}: digest: found {found}, expected {expected}"
-        except sae.InputError as error:
-            problem = str(error)
-        if problem:
-            damaged[int(mark.stem)] = problem
-            mark.unlink()  # the commit mark first
-            tensors.unlink(missing_ok=True)
-            fsync_directory(mark.parent)
-    return damaged

@@ -26,7 +26,9 @@ class RunConfig(OfData):
     source: Literal["live", "store"] = "live"
     """live: activations straight from the model; store: replayed from the shards of `extract.py`."""
     store: Path = Path("runs/extract")
-    """Activation store, for --source store."""
+    """Activation store, for --source store. A directory, or a URL such as s3://bucket/prefix."""
+    partial_store: bool = False
+    """Train on the shards that are there, of a store that is not finished."""
     form: Form = "topk"
     """Of the dictionary."""
     sweep: flags.Axes = ()
@@ -122,12 +124,13 @@ def k_of(config: RunConfig) -> int:
 
 
 EARLIER = files.jsonable(OfData())  # what runs that know none of these flags did
+NEVER_SETTLED = ("out", "checkpoint_every", "partial_store")
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 
 def settled(config: RunConfig) -> dict[str, Any]:
     """What a run may not change while it goes on, but for raising what is RAISABLE."""
-    kept = {name: value for name, value in files.jsonable(config).items() if name not in ("out", "checkpoint_every")}
+    kept = {name: value for name, value in files.jsonable(config).items() if name not in NEVER_SETTLED}
     return kept | {"k": k_of(config)}
 
 

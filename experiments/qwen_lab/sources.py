@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -176,25 +177,45 @@ def _stacked(values: tuple[Array, ...], lengths: Array) -> Group:
 class Stored:
     """Groups read back from a store that `extract.py` wrote, as many items at a time as the live run has prompts."""
 
-    def __init__(self, store: sae.ActivationStore, *, held_out: int, sites: tuple[str, ...], prompts: int):
+    def __init__(
+        self,
+        store: sae.ActivationStore,
+        *,
+        held_out: int,
+        sites: tuple[str, ...],
+        prompts: int,
+        partial: bool = False,  # whether a store that lacks shards is meant
+    ):
         self.sites, self.d_model, self.dtype = sites, store.manifest.d_model, jnp.dtype(store.manifest.dtype)
         self.store = store.select(*sites)
+        if not partial:
+            try:
+                store.expect_complete()
+            except sae.InputError as error:
+                raise InputError(f"{error}; --partial-store takes what is there") from None
         if not len(store):
             raise InputError(f"{store.directory}: found no committed rows, expected some to train on")
-        item = self.store.column("item")
-        numbers, said = np.unique(item), store.items  # an item whose sidecar names no task is one by itself
-        tasks = [str(said[int(number)].get("task", said[int(number)].get("record", number))) for number in numbers]
+        spans, said = store.item_rows, store.items  # an item whose sidecar names no task is one by itself
+        numbers = [number for number, rows in spans.items() if rows]
+        tasks = [str(said[number].get("task", said[number].get("record", number))) for number in numbers]
         first, self.held_out_tasks = split(tasks, held_out)
         self.tasks_read, self.positions = len(set(tasks)), str(store.manifest.config.get("positions", "all"))
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
-        self.ranges = [
-            (int(np.searchsorted(item, part[0])), int(np.searchsorted(item, part[-1], "right"))) for part in parts
-        ]
+        self.ranges = [(spans[part[0]].start, spans[part[-1]].stop) for part in parts]
         self.training = len(list(_parts(first, first, prompts)))
         self.held_out = len(parts) - self.training
         self.largest = max(end - start for start, end in self.ranges)
+        self.reader = ThreadPoolExecutor(1, "store")
+        self.ahead: dict[int, Future[Group]] = {}
 
     def group(self, number: int) -> Group:
+        """The one asked for; the one that training asks for next is read while this one is worked on."""
+        group = self.ahead.pop(number, None) or self.reader.submit(self._read, number)
+        after = number + 1 if number + 1 not in (self.training, len(self.ranges)) else 0
+        self.ahead = {after: self.reader.submit(self._read, after)}
+        return group.result()
+
+    def _read(self, number: int) -> Group:
         start, end = self.ranges[number]
         rows = np.asarray(self.store[start:end].activations)
         room = bucket(end - start)  # few shapes, so few compilations

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae import files, shown
+from sae import files, shown, storage
 from sae.errors import InputError
 
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype and shape of a tensor
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
 PLACES = ("pair", "part", "row", "col", "colour")  # int8 columns that say where in a puzzle a row stands
@@ -24,6 +26,16 @@ class Plan:
     @property
     def shards(self) -> int:
         return -(-self.items // self.items_per_shard)
+
+    def share(self, missing: Sequence[int], worker: int, workers: int) -> tuple[int, ...]:
+        """Which of the missing shards are worker `worker`'s of 0 … workers − 1: those with shard ≡ worker (mod workers).
+
+        A shard's worker depends on its number alone, so workers that start at different times, and find other shards
+        missing, still write each of them once; another number of workers deals anew what is missing then.
+        """
+        if not 0 <= worker < workers:
+            raise InputError(f"worker: found {worker} of {workers}, expected 0 to {workers - 1}")
+        return tuple(shard for shard in missing if shard % workers == worker)
 
     def items_of(self, shard: int) -> range:
         if not 0 <= shard < self.shards:
@@ -59,8 +71,15 @@ class Manifest:
         return json.loads(files.dump_json(fields))  # as it will be read back: tuples become lists
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        found = {"columns": [], **dict.fromkeys(DIGESTS, ""), **files.read_json(path)}  # earlier versions wrote none
+    def there(cls, directory: Path | str) -> "Manifest | None":
+        """Of the store in a directory or at a URL, if there is one."""
+        path = storage.place(directory) / "manifest.json"
+        return None if path.size() is None else cls.read(path.location)
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Manifest":
+        found = storage.place(path).json()
+        found = {"columns": [], **dict.fromkeys(DIGESTS, ""), **found}  # earlier versions wrote none of these
         if (version := found.get("format_version")) != FORMAT_VERSION:
             said = repr(version) if "format_version" in found else "nothing"
             raise InputError(f"{path}: format_version: found {said:.80}, expected {FORMAT_VERSION}")
@@ -97,7 +116,7 @@ class Manifest:
     def _places(self) -> tuple[str, ...]:
         return tuple(name for name in PLACES if name in self.columns)
 
-    def layout(self, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, rows: int) -> Layout:
         """Dtype and shape of each tensor of a shard of so many rows."""
         each = (rows,)
         return {

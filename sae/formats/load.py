@@ -1,11 +1,12 @@
-"""SAEs from anywhere: a directory, a file or a hub id, in SAELens' form or another team's.
+"""SAEs from anywhere: a directory, a file, a URL or a hub id, in SAELens' form or another team's.
 
 sae.save(module, directory, metadata)
-module = sae.load("directory or org/name[/folder or file]")
+module = sae.load("directory, s3://bucket/folder or org/name[/folder or file]")
 """
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import huggingface_hub.errors
 import numpy as np
 from jaxtyping import Float
 
-from sae import shown
+from sae import shown, storage
 from sae.errors import InputError
 from sae.formats.description import Description, build
 from sae.formats.dictionary_learning import read_dictionary_learning
@@ -53,12 +54,38 @@ def load(source: str | Path, *, revision: str | None = None, k: int | None = Non
 
 def load_with_metadata(source: str | Path, *, revision: str | None = None, k: int | None = None) -> Loaded:
     """As `load`, with metadata and densities; `k` is for Qwen-Scope files whose path does not name it."""
+    if isinstance(source, str) and storage.is_url(source):
+        return _load_from(storage.place(source), k)
     path = Path(source)
     if not path.exists():
         path = _download(str(source), revision)
     description = read_saelens(path) if (path / WEIGHTS).is_file() else _read_foreign(path, k)
     module = build(path, description)
     return Loaded(module, dict(description.metadata), read_density(path, module.d_sae))
+
+
+def _load_from(home: storage.Place, k: int | None) -> Loaded:
+    """What stands at a URL: of one file, or of the files in a folder that any format knows."""
+    folder, one = home, ""
+    if home.size() is not None:  # a file, and what dictionary_learning keeps beside it
+        above, _, one = str(home).rpartition("/")
+        folder = storage.place(above)
+    known = {CONFIG, WEIGHTS, SPARSITY, "config.json", *READERS}
+    names = [name for name, size in folder.sizes().items() if size is not None]
+    wanted = [name for name in names if name in (one, "config.json") or (not one and (name in known or _is_qwen(name)))]
+    if not wanted:
+        raise InputError(f"{home}: found no file of a dictionary, expected {WEIGHTS}, {', '.join(READERS)} or *.sae.pt")
+    with tempfile.TemporaryDirectory(prefix="sae-") as copy:
+        for name in wanted:
+            (Path(copy) / name).write_bytes((folder / name).read())
+        try:
+            return load_with_metadata(Path(copy) / one, k=k)
+        except InputError as error:
+            raise InputError(str(error).replace(copy, str(folder))) from None
+
+
+def _is_qwen(name: str) -> bool:
+    return name.endswith(".sae.pt")
 
 
 def _read_foreign(path: Path, k: int | None) -> Description:

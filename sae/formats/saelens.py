@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 
-from sae import files
+from sae import files, storage
 from sae.errors import InputError
 from sae.formats.description import Description, build, describe, fold_decoder_norms
 from sae.forms import FORMS
@@ -62,8 +62,8 @@ def save(
     *,
     density: Float[np.ndarray | jax.Array, " d_sae"] | None = None,
 ) -> None:
-    """Write a SAELens v6 directory; `metadata` is JSON (SAELens and its tools know model_name, hook_name, …)."""
-    directory = Path(directory)
+    """Write a SAELens v6 directory, at a path or URL; `metadata` is JSON (its tools know model_name, hook_name, …)."""
+    home = storage.place(directory)
     if module.name not in ROWS or FORMS.get(module.name) is not type(module):
         raise InputError(f"module: found {type(module).__name__}, expected one of {', '.join(ROWS)}")
     if module.encoder.ndim != module.b_dec.ndim + 1 or module.b_enc.ndim != 1:
@@ -82,15 +82,14 @@ def save(
         _config(module, described, dict(metadata or {})) | {"weights_digest": files.digest(weights)}
     )
     sparsity = None if density is None else _sparsity(density, module.d_sae)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: found a file, expected a directory")
-    files.make_directory(directory)
-    files.commit(directory / WEIGHTS, weights)  # first: where this fails, what was saved here before is whole
+    if home.size() is not None:
+        raise InputError(f"{home}: found a file, expected a directory")
+    (home / WEIGHTS).put(weights)  # first: where this fails, what was saved here before is whole
     if sparsity is None:
-        (directory / SPARSITY).unlink(missing_ok=True)  # of what was saved here before
+        (home / SPARSITY).remove()  # of what was saved here before
     else:
-        files.commit(directory / SPARSITY, sparsity)
-    files.commit(directory / CONFIG, config)  # last: its digest tells a half-written directory from a whole one
+        (home / SPARSITY).put(sparsity)
+    (home / CONFIG).put(config)  # last: its digest tells a half-written directory from a whole one
 
 
 def _sparsity(density: Float[np.ndarray | jax.Array, " latents"], d_sae: int) -> bytes:

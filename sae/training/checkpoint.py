@@ -1,11 +1,11 @@
-"""Checkpoints of any tree of arrays (a TrainState, a buffer, a pair of both) and of where the data stood.
+"""Checkpoints of any tree of arrays (a TrainState, a buffer, a pair of both) and of where the data stood, at a path or URL.
 
 DIRECTORY/00000100/state.safetensors and, written last, state.json: the digest, every leaf's shape and type, the cursor.
 A checkpoint exists when its state.json does; a flipped bit, a missing leaf or another form is refused. No pickle.
 """
 
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from sae import files
+from sae import files, storage
 from sae.errors import InputError
 
 Tree = TypeVar("Tree")
@@ -23,7 +23,9 @@ _FORMAT = 1
 _FIELDS = {"format": int, "step": int, "digest": str, "leaves": dict, "cursor": dict}
 
 
-def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | None = None, keep: int = 3) -> Path:
+def save(
+    directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | None = None, keep: int = 3
+) -> Path | str:
     """Write the arrays of `state` and the JSON `cursor` as checkpoint `step`; the last `keep` stay."""
     if keep < 1:
         raise InputError(f"keep: found {keep}, expected at least 1")
@@ -36,31 +38,34 @@ def save(directory: str | Path, step: int, state: Any, cursor: dict[str, Any] | 
         "leaves": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
         "cursor": cursor or {},
     }
-    place = Path(directory) / f"{step:08d}"
-    for path in (Path(directory), place):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: found a file, expected a directory of checkpoints")
+    home = storage.place(directory)
+    place = home / f"{step:08d}"
+    for each in (home, place):
+        if each.size() is not None:
+            raise InputError(f"{each}: found a file, expected a directory of checkpoints")
     spelled = files.dump_json(note)
-    made = [path for path in (place, Path(directory)) if not path.exists()]
+    made = [each for each in (place, home) if isinstance(each, storage.Local) and not each.path.exists()]
     try:
-        files.make_directory(place)
-        (place / "state.json").unlink(missing_ok=True)  # a step saved again is not whole until its new note stands
-        files.commit(place / "state.safetensors", data)
-        files.commit(place / "state.json", spelled)
+        (place / "state.json").remove()  # a step saved again is not whole until its new note stands
+        (place / "state.safetensors").put(data)
+        (place / "state.json").put(spelled)
     except OSError:
-        for path in made:
-            shutil.rmtree(path, ignore_errors=True)
+        for each in made:
+            with suppress(OSError):
+                each.remove()
         raise
-    files.fsync_directory(Path(directory))
     for older in steps(directory)[:-keep]:
-        shutil.rmtree(Path(directory) / f"{older:08d}")
-    return place
+        (home / f"{older:08d}" / "state.json").remove()  # or what a kill leaves of it would count as whole
+        (home / f"{older:08d}").remove()
+    return place.location
 
 
 def steps(directory: str | Path) -> list[int]:
     """The steps of the whole checkpoints in a directory, rising."""
-    names = [path.parent.name for path in Path(directory).glob("*/state.json")]
-    return sorted(int(name) for name in names if re.fullmatch("[0-9]{8}|[1-9][0-9]{8,18}", name))
+    home = storage.place(directory)
+    names = [name for name, size in home.sizes().items() if size is None]
+    named = sorted(int(name) for name in names if re.fullmatch("[0-9]{8}|[1-9][0-9]{8,18}", name))
+    return [step for step in named if (home / f"{step:08d}" / "state.json").size() is not None]
 
 
 def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any], int]:
@@ -69,22 +74,21 @@ def load(directory: str | Path, like: Tree, step: int | None = None) -> tuple[Tr
     if not known or (step is not None and step not in known):
         raise InputError(f"{directory}: found checkpoints {known}, expected {'one' if step is None else step}")
     step = known[-1] if step is None else step
-    place = Path(directory) / f"{step:08d}"
-    note = files.read_json(place / "state.json")
-    files.check_fields(place / "state.json", note, _FIELDS)
+    place = storage.place(directory) / f"{step:08d}"
+    note = (place / "state.json").json()
+    files.check_fields(str(place / "state.json"), note, _FIELDS)
     if note["format"] != _FORMAT or note["step"] != step:
         found = f"format {note['format']!r:.40}, step {note['step']!r:.40}"
         raise InputError(f"{place / 'state.json'}: found {found}, expected format {_FORMAT}, step {step}")
-    path = place / "state.safetensors"
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: found no readable file ({error.strerror}), expected a checkpoint's arrays"
-        ) from error
-    if (found := files.digest(data)) != note["digest"]:
-        raise InputError(f"{path}: digest: found {found}, expected {note['digest']!r:.80}")
-    return _restore(path, like, files.map_tensors(path)), note["cursor"], step  # safetensors.numpy.load knows no bf16
+        with (place / "state.safetensors").on_disk() as path:
+            if (found := files.digest_file(path)) != note["digest"]:
+                raise InputError(f"{path}: digest: found {found}, expected {note['digest']!r:.80}")
+            arrays = files.map_tensors(path)  # safetensors.numpy.load knows no bf16
+            return _restore(path, like, arrays), note["cursor"], step
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        where, said = place / "state.safetensors", error.strerror
+        raise InputError(f"{where}: found no readable file ({said}), expected a checkpoint's arrays") from error
 
 
 def _restore(path: Path, like: Tree, arrays: dict[str, np.ndarray]) -> Tree:
