@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
     qwen_lab.stopping.install()  # before anything heavy is imported
 
-import collections
 import dataclasses
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from rich.table import Table
 
 import qwen_eqx
 import sae
@@ -144,7 +142,8 @@ def main(config: Config) -> None:
         with nullcontext() if job.share is None else locks.turn(job.beside):
             writer = open_store(job)
         speed = fill(job, writer)
-    report(config, speed)
+    cli.console.print(store_report.table(job.home, speed, verify=config.verify))
+    cli.console.print(f"next: python experiments/train_sae.py --source store --store {job.home}", markup=False)
 
 
 def plan(config: Config) -> Job:
@@ -267,36 +266,6 @@ def memory(job: Job) -> qwen_eqx.MemoryPlan:
     return qwen_eqx.MemoryPlan.of(
         model, batch=config.batch_size, kv_seq=width + config.max_new_tokens, cache_dtype=config.dtype
     )
-
-
-def report(config: Config, speed: str) -> None:
-    """Reads the store back and says what is in it."""
-    home = files.location(config.out)
-    store = sae.ActivationStore.open(home)
-    if config.verify:
-        store.verify()
-    items = [item for shard in store.shards for item in shard.items]
-    said = collections.Counter(item["outcome"] for item in items)
-    size = sum(shard.bytes for shard in store.shards)
-    table = Table(title="activation store", show_header=False)
-    if any("task" in item for item in items):
-        table.add_row("tasks, test inputs", f"{len({item['task'] for item in items})}, {len(items)}")
-        tokens = [sum(item.get(key, 0) for item in items) for key in ("prompt_tokens", "tokens")]
-        table.add_row("prompt tokens, answer tokens", "{:,}, {:,}".format(*tokens))
-    else:
-        table.add_row("documents, items", f"{len({item['record'] for item in items})}, {len(items)}")
-    table.add_row(
-        "rows × sites × d_model",
-        f"{len(store):,} × {len(store.sites)} × {store.manifest.d_model} {store.manifest.dtype}",
-    )
-    shards = f"{len(store.shards)} of {store.manifest.plan.shards} shards"
-    table.add_row("bytes", f"{size / 1e6:,.1f} MB in {shards}{', digests verified' if config.verify else ''}")
-    if speed:
-        table.add_row("speed", f"{speed}(compilation included)")
-    table.add_row("items", ", ".join(f"{count} {name}" for name, count in said.most_common()))
-    table.add_row("where", str(home))
-    cli.console.print(table)
-    cli.console.print(f"next: python experiments/train_sae.py --source store --store {home}")
 
 
 if __name__ == "__main__":

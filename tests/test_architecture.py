@@ -52,7 +52,8 @@ ORDER = {
         "": [
             "errors", "bounds", "flags", "stopping", "files", "extending", "locks", "provenance", "cli", "wording",
             "prompts", "completions", "corpus", "labels", "places", "texts", "loading", "marks", "passages", "prose",
-            "puzzles", "corpora", "choosing", "rows", "space", "reading", "meter", "writing", "extraction", "splicing",
+            "puzzles", "corpora", "choosing", "rows", "space", "reading", "meter", "writing", "store_report", "extraction",
+            "splicing",
             "sources", "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "lm_settings", "cards", "lm_runs", "exams",

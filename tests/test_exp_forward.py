@@ -18,12 +18,13 @@ import running
 import sae
 import tolerances
 from edge import at_edge
-from qwen_lab import InputError, RunError, completions, extraction, jobs, locks, settings, sources
+from qwen_lab import InputError, RunError, completions, extraction, files, jobs, locks, settings, sources
 from qwen_lab.choosing import Choice
 from qwen_lab.extraction import Extraction
 from qwen_lab.meter import Meter
 from qwen_lab.reading import Reader
 from qwen_lab.writing import Shards
+from sae import storage
 
 TEXTS = ["one two three", "a longer text of several words, all of them plain", "x", "four five six seven", "eight nine"]
 FORWARD = extract.Config(mode="forward", layers="1,3", dtype="float32", items_per_shard=2, batch_tokens=64)
@@ -339,3 +340,25 @@ def test_dictionaries_train_live_on_texts(tmp_path: Path):
     assert np.isfinite(results["sae"].metrics["fvu"])
     saved = json.loads((results["sae"].saved / "cfg.json").read_text())
     assert str(config.data[0]) in json.dumps(saved)
+
+
+def test_a_store_at_a_url_is_the_same(plain: extract.Config, tmp_path: Path, monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.chdir(tmp_path)  # what stays on this machine goes to runs/
+    url = "memory://extract/forward"
+    config = dataclasses.replace(plain, out=Path(url))
+    said = running.run(extract, config)
+    assert url in said
+    there, here = sae.ActivationStore.open(url), sae.ActivationStore.open(plain.out)
+    assert [shard.digest for shard in there.shards] == [shard.digest for shard in here.shards]
+    assert json.loads((storage.place(url) / "run.json").read())["config"]["mode"] == "forward"
+    assert len(list((tmp_path / "runs").glob("forward-*/metrics.jsonl"))) == 1
+    monkeypatch.setattr(Extraction, "forward", lambda *_: pytest.fail("a committed shard was made again"))
+    running.run(extract, config)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/a/b", "gs://x/y", "memory://a", "runs/extract", "/abs/s3:/x", "c:/x"])
+def test_a_flag_names_a_path_or_a_url(name: str):
+    found = files.location(Path(name))
+    assert str(found) == name
+    assert isinstance(found, str) == ("://" in name)

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -84,6 +85,18 @@ def test_what_fails_stops_the_run_and_later_shards_are_not_written(tmp_path: Pat
     with pytest.raises(OSError, match="the disk is gone"):
         run()
     assert writer.missing == (2, 3, 4, 5, 6)
+
+
+def test_the_last_shard_may_fail_too(tmp_path: Path):
+    writer = store(tmp_path / "s", ITEMS)
+
+    def run() -> None:
+        with Background(mock.Mock(side_effect=OSError("no room")), Meter(1)) as background:
+            fill(Shards(writer, write=background.put), range(ITEMS))
+            time.sleep(0.05)  # it has failed before the end, or does so there
+
+    with pytest.raises(OSError, match="no room"):
+        run()
 
 
 def test_an_error_of_the_run_itself_leaves_what_was_handed_on_written(tmp_path: Path):

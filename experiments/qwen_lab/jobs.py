@@ -54,6 +54,7 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     )
     manifest = store.manifest
     said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
+    said["tasks"] = " ".join(manifest.config.get("data") or ()) or said["tasks"]
     text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)
     return Job(source, members, _facts(text, manifest.revision, source))
 

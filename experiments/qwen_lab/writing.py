@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import sae
+from qwen_lab import stopping
 from qwen_lab.meter import Meter
 
 Item = Mapping[str, Any]
@@ -65,6 +66,7 @@ class Background:
     def put(self, shard: int, rows: sae.Rows, items: Sequence[Item]) -> None:
         while True:
             self.check()
+            stopping.check()
             try:
                 return self._waiting.put((shard, rows, items), timeout=0.1)
             except queue.Full:
@@ -91,11 +93,12 @@ class Background:
             self.check()
 
     def _run(self) -> None:
-        while (taken := self._waiting.get()) is not None and self._error is None:
+        while (taken := self._waiting.get()) is not None:
             begin = time.perf_counter()
             try:
                 self._write(*taken)
-                self.meter.add(shards=1)
-            except BaseException as error:  # raised where the next shard is put
+            except BaseException as error:  # raised where the next shard is put, or at the end
                 self._error = error
+                return
+            self.meter.add(shards=1)
             self.meter.writing += time.perf_counter() - begin
