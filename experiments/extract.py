@@ -33,6 +33,7 @@ from qwen_lab import (
     rows,
     space,
     stopping,
+    store_report,
     wording,
 )
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times
