@@ -55,7 +55,18 @@ def measure(model, device, batch, width, ask) -> dict:
         "prompt": width,
         "prefill_ms": 1e3 * statistics.median(prefills),
         "step_ms": 1e3 * statistics.median(steps) if steps else None,
+        "hidden_ms": hidden_ms(model, ids, ask["repeats"]) if ask.get("hidden") else None,
     }
+
+
+def hidden_ms(model, ids, repeats) -> float:
+    """Median milliseconds of a pass that returns the residual stream after every block, and no logits."""
+
+    def read():
+        return model.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+
+    timed(read)  # not counted
+    return 1e3 * statistics.median(timed(read)[1] for _ in range(repeats))
 
 
 def train(model, device, dtype, batch, seq, steps) -> float:

@@ -45,7 +45,7 @@ class Config:
     compositions: bool = True
     """Measure tasks of two rules, one after the other, too."""
     data: flags.Paths = ()
-    """Other sources of tasks, such as arc-agi-1/evaluation."""
+    """Other data, by name or path. Tasks, such as arc-agi-1/evaluation."""
     data_limit: Count = 400
     """Tasks of each of these, from the first."""
     votes: Count = 8

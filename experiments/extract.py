@@ -1,6 +1,8 @@
-"""Let a model answer ARC tasks and keep its activations: safetensors shards with a manifest, ready for SAE training.
+"""Keep what a model computes while it reads or answers: safetensors shards with a manifest, ready for SAE training.
 
-Without flags: the embedded demo model on six tasks of ARC-AGI-1. `--model Qwen/Qwen2.5-0.5B-Instruct` loads a real one.
+Without flags: the embedded demo model answers six tasks of ARC-AGI-1. `--model Qwen/Qwen2.5-0.5B-Instruct` loads a real
+one. `--mode forward` reads given tokens at once, the fast way to data for dictionaries: ARC tasks with their answers, or
+with `--data texts.jsonl` any text.
 """
 
 if __name__ == "__main__":
@@ -8,26 +10,52 @@ if __name__ == "__main__":
 
     qwen_lab.stopping.install()  # before anything heavy is imported
 
-import collections
 import dataclasses
-import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from rich.table import Table
 
-import arc
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, completions, files, flags, locks, places, prompts, provenance, rows, stopping, wording
-from qwen_lab.bounds import Count, CountOrNone, Seed
+from qwen_lab import (
+    bounds,
+    cli,
+    corpora,
+    files,
+    flags,
+    locks,
+    passages,
+    places,
+    provenance,
+    rows,
+    space,
+    stopping,
+    store_report,
+    wording,
+)
+from qwen_lab.bounds import Count, CountOrNone, Seed, Times
+from qwen_lab.choosing import NEED_MARKS, Choice, Positions
+from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
-from qwen_lab.prompts import Item
+from qwen_lab.extraction import Extraction
+from qwen_lab.locks import Share
+from qwen_lab.meter import Meter, to_file
+from qwen_lab.passages import Corpus, Index, Passage
+from qwen_lab.reading import Reader
+from qwen_lab.writing import Background, Shards
+from sae import storage
+from sae.data.plan import PLACES
+
+FREE = ("out", "batch_size", "workers_of", "verify")  # what a run may be gone on with differently
+FEW = Unsaid(6)
+GRACE = 23.0  # seconds from a signal to the end
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(OfData):
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
@@ -35,20 +63,29 @@ class Config:
     tasks: str = wording.AUTO
     """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
     auto: the procedural tasks that the model was trained for, or arc-agi-1/training."""
-    limit: CountOrNone = 6
-    """Tasks to take, from the first; None takes all."""
+    limit: CountOrNone = FEW
+    """Tasks to take, from the first; None takes all. Of texts it counts documents, and all are taken unless it is given."""
     layers: flags.Blocks = "late"
     """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths. Or `none`."""
     sites: flags.Sites = ()
     """Further places, as TransformerLens or Hugging Face spell them: blocks.1.hook_resid_mid,blocks.1.hook_mlp_out."""
-    positions: Literal["all", "generated"] = "all"
-    """Every position, or only those whose logits chose a generated token."""
+    positions: Positions = "all"
+    """Positions that become rows: all, those whose logits chose (or are to choose) a token of the answer, the prompt's, or
+    those that stand in a cell of any grid or of the test input."""
+    exclude_tokens: flags.Words = ()
+    """Ids of tokens whose positions are left out."""
+    sink_times: Times = 0.0
+    """Leave out positions whose norm exceeds this many medians (attention sinks); 0 keeps all. Medians are of an item."""
+    sample_rows: float = 1.0
+    """Fraction of the positions left that is kept of each item. Which ones follows from the seed and the item."""
     max_new_tokens: Count = 64
     """Tokens to generate at most. ARC answers in Qwen tokens have 179 on average and 1,022 at most."""
     batch_size: Count = 4
     """Prompts generated together."""
+    batch_tokens: Count = 2048
+    """Tokens read together with --mode forward. A batch holds as many items of one length as that makes, at least one."""
     items_per_shard: Count = 8
-    """Items in one shard file. An item is a test input."""
+    """Items in one shard file. An item is a test input, or a document or a part of one."""
     encoder: str = wording.AUTO
     """How grids become text: a name of arc.ENCODERS or a nesting such as shape(rows(minimal)). auto: as trained."""
     prompt: str = wording.AUTO
@@ -56,155 +93,180 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, cache and activations."""
     seed: Seed = 0
-    """Of the run. Greedy decoding draws nothing."""
+    """Of the run. Greedy decoding draws nothing; --sample-rows does."""
+    workers_of: str | None = None
+    """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
+    verify: bool = False
+    """Hash every shard that stands, and make the damaged ones again."""
     out: Path = Path("runs/extract")
-    """Directory of what is written. A store that was cut off, or is given a higher --limit, goes on where it stopped."""
+    """Directory of what is written. A store that was cut off, or is given a higher --limit, goes on where it stopped. Or a
+    URL such as s3://bucket/prefix; what else a run writes then lies in runs/."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run reads, with which model, and which rows of it are kept."""
+
+    config: Config
+    model: qwen_eqx.Qwen
+    tokenizer: qwen_eqx.Tokenizer
+    capture: qwen_eqx.Capture
+    choice: Choice
+    corpus: Corpus
+    index: Index
+    share: Share | None
+
+    @property
+    def forward(self) -> bool:
+        return self.config.mode == "forward"
+
+    @property
+    def home(self) -> Path | str:
+        """Where the store is."""
+        return files.location(self.config.out)
+
+    @property
+    def beside(self) -> Path:
+        """Where on this machine the run says of itself what it does."""
+        return files.beside(self.config.out)
+
+    @property
+    def new(self) -> int:
+        """Tokens that an item may have beside its own: the last one generated is never read."""
+        return 0 if self.forward else self.config.max_new_tokens - 1
 
 
 def main(config: Config) -> None:
+    job = plan(config)
+    config = job.config
+    with locks.claimed(job.beside, job.share), stopping.within(GRACE):
+        with nullcontext() if job.share is None else locks.turn(job.beside):
+            writer = open_store(job)
+        speed = fill(job, writer)
+    cli.console.print(store_report.table(job.home, speed, verify=config.verify))
+    cli.console.print(f"next: python experiments/train_sae.py --source store --store {job.home}", markup=False)
+
+
+def plan(config: Config) -> Job:
+    """Everything that is known before the first byte is written; wrong flags and data raise here."""
     bounds.check(config)
+    share = None if config.workers_of is None else Share.parse(config.workers_of)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
-    config = wording.filled(config, tokenizer)
-    cli.say_what_a_demo_is(config.model)
+    config = corpora.resolved(wording.filled(config, tokenizer), model.config)
+    excluded = tuple(int(word) if word.isdecimal() else tokenizer.token_to_id(word) for word in config.exclude_tokens)
+    choice = Choice(config.positions, excluded, config.sink_times, config.sample_rows, config.seed)
+    if config.positions in NEED_MARKS and corpora.reads_texts(config):
+        raise InputError(f"--positions {config.positions}: found texts, expected ARC tasks: texts have no cells")
     layers = [] if config.layers == "none" else places.parse_layers(config.layers, model.config.layers)
-    capture = qwen_eqx.Capture(layers=layers, sites=config.sites, positions=config.positions)
-    items = make_items(config, model.config, tokenizer)
-    with locks.claimed(config.out):
-        fill(config, model, tokenizer, capture, items)
+    capture = qwen_eqx.Capture(layers=layers, sites=config.sites)
+    capture.resolve(model.config)  # raises now for a site that cannot be captured
+    room = config.context_length if config.mode == "forward" else model.config.max_seq - config.max_new_tokens
+    corpus = corpora.corpus(config, tokenizer, min(room, config.context_length))
+    cli.say_what_a_demo_is(config.model)
+    return Job(config, model, tokenizer, capture, choice, corpus, look_through(config, corpus, tokenizer), share)
 
 
-def fill(
-    config: Config,
-    model: qwen_eqx.Qwen,
-    tokenizer: qwen_eqx.Tokenizer,
-    capture: qwen_eqx.Capture,
-    items: list[Item],
-) -> None:
-    """Every shard that is missing, and what the store holds then."""
-    check_same_items(config.out, items)
-    writer = rows.writer(config.out, manifest(config, model, tokenizer, capture, len(items)))
-    provenance.record_run(config.out, config)
+def settled(config: Config) -> dict[str, Any]:
+    """The flags that must agree for a run to go on."""
+    return {name: value for name, value in files.jsonable(config).items() if name not in FREE}
+
+
+def look_through(config: Config, corpus: Corpus, tokenizer: qwen_eqx.Tokenizer) -> Index:
+    """One pass over the data; an item that is another one than in the store that stands there is named."""
+    home = files.location(config.out)
+    there, committed = sae.Manifest.there(home), {}
+    if there is not None and not config.verify:
+        asked = settled(config) | {"limit": there.config.get("limit")}
+        if there.config == asked and there.tokenizer_digest == f"sha256:{tokenizer.digest}":
+            committed = sae.ActivationStore.open(home).items  # else the writer says in what the runs differ
+    with cli.bar(None, "looking through the data", "items") as advance:
+
+        def seen(number: int, passage: Passage) -> None:
+            check_same_item(config, number, passage, committed.get(number, {}))
+            advance(1)
+            stopping.check()
+
+        return Index.of(corpus, config.items_per_shard, 0 if there is None else there.plan.items, seen)
+
+
+def check_same_item(config: Config, number: int, passage: Passage, said: Mapping[str, Any]) -> None:
+    """Raises if a store holds another item of this number than the data do now."""
+    if said.get("digest", passage.digest) == passage.digest:
+        return
+    found, expected = passage.name, passages.named(said)
+    if found == expected:
+        found, expected = f"{found} with other tokens", f"{expected} as it was"
+    flag = "--data" if config.data else "--tasks"
+    where = f"the store {files.location(config.out)}"
+    raise InputError(f"{flag}: found {found} as item {number}, expected {expected} in {where}")
+
+
+def open_store(job: Job) -> sae.StoreWriter:
+    """The store of this run, new or gone on with; damaged shards are missing again with --verify."""
+    config, index = job.config, job.index
+    columns = () if corpora.reads_texts(config) else PLACES
+    origin = rows.Origin(
+        config.model, config.revision, config.dtype, config.seed, settled(config), columns, index.digest
+    )
+    manifest = rows.manifest(job.model, job.tokenizer, job.capture, index.plan, origin)
+    there = sae.Manifest.there(job.home)
+    if config.verify and there is not None and _same_but_longer(there, manifest):
+        for shard, problem in sae.StoreWriter.take_back_damaged(job.home).items():
+            cli.console.print(f"shard {shard} is made again: {problem}", markup=False)
+    writer = rows.writer(job.home, manifest, next(iter(index.digests.values()), ""))
+    provenance.record_run(job.beside, config)
+    if isinstance(job.home, str):
+        (storage.place(job.home) / "run.json").put((job.beside / "run.json").read_bytes())
+    return writer
+
+
+def _same_but_longer(there: sae.Manifest, here: sae.Manifest) -> bool:
+    """Whether a store is this run's, begun perhaps with a lower --limit; of another run's nothing is taken back."""
+    config = there.config | {"limit": here.config["limit"]}
+    longer = dataclasses.replace(there, config=config, plan=here.plan, items_digest=here.items_digest)
+    return not longer.differences(here)
+
+
+def fill(job: Job, writer: sae.StoreWriter) -> str:
+    """Every shard that is missing of this process's share; says how fast that was."""
+    config = job.config
+    todo = writer.missing if job.share is None else job.share.of_plan(writer.plan, writer.missing)
     if len(writer.missing) < writer.plan.shards:
         cli.console.print(f"going on: {len(writer.missing)} of {writer.plan.shards} shards are missing")
-    cli.console.print(f"memory beside the weights, at most: {memory(config, model, capture, items)}")
-    read, generated, seconds, speed = 0, 0, 0.0, ""
-    todo = [index for shard in writer.missing for index in writer.plan.items_of(shard)]
-    with cli.bar(len(todo), "generating", "prompts") as advance:
-        for shard in writer.missing:
-            numbers = writer.plan.items_of(shard)
-            parts, said = [], []
-            for batch in [numbers[at : at + config.batch_size] for at in range(0, len(numbers), config.batch_size)]:
-                stopping.check()
-                begin = time.perf_counter()
-                out = answer(model, tokenizer, [items[number] for number in batch], capture, config)
-                seconds += time.perf_counter() - begin
-                read += sum(len(items[number].tokens) for number in batch)
-                generated += int(out.lengths.sum())
-                for row, number in enumerate(batch):
-                    parts.append(to_rows(out, row, number, items[number]))
-                    said.append(entry(out, row, items[number], tokenizer))
-                speed = f"{read / seconds:,.0f} prompt, {generated / seconds:,.0f} generated tok/s"
-                advance(len(batch), f"{speed} ")
-            writer.write_shard(shard, sae.Rows.concatenate(parts), said)
-    report(config, speed)
+    cli.console.print(space.check(job.home, writer.manifest, job.index, todo, job.choice, job.new), markup=False)
+    if not job.forward:
+        cli.console.print(f"memory beside the weights, at most: {memory(job)}")
+    items = sum(len(writer.plan.items_of(shard)) for shard in todo)
+    tokens = sum(job.index.tokens[shard] for shard in todo)
+    name = "metrics.jsonl" if job.share is None else f"metrics{job.share.suffix}.jsonl"
+    meter = Meter(tokens, to_file(job.beside / name))
+    if not todo:
+        return ""
+    reader = Reader(job.model, job.capture.resolve(job.model.config), config.batch_tokens if job.forward else 1)
+    reader.check_room(job.index.longest + job.new)
+    with (
+        cli.bar(items, "reading" if job.forward else "generating", "items") as advance,
+        Background(writer.write_shard, meter) as background,
+    ):
+        shards = Shards(writer, todo, background.put)
+        extraction = Extraction(reader, job.tokenizer, job.choice, shards, meter, advance)
+        arriving = job.index.read(job.corpus, todo)
+        if job.forward:
+            extraction.forward(arriving)
+        else:
+            slots, longest = config.batch_size, job.index.longest
+            extraction.generate(arriving, slots=slots, max_new_tokens=config.max_new_tokens, longest=longest)
+    meter.record(now=True)
+    return meter.note
 
 
-def check_same_items(out: Path, items: list[Item]) -> None:
-    """Raises if the store there holds other items than the first of these: the tasks were changed meanwhile."""
-    if not (out / "manifest.json").exists():
-        return
-    for number, said in sae.ActivationStore.open(out).items.items():
-        if number < len(items) and (said.get("task"), said.get("test")) != (items[number].task.id, items[number].test):
-            found = f"task {items[number].task.id}, test {items[number].test} as item {number}"
-            expected = f"task {said.get('task')}, test {said.get('test')} as in the store {out}"
-            raise InputError(f"--tasks: found {found}, expected {expected}")
-
-
-def make_items(config: Config, model: qwen_eqx.QwenConfig, tokenizer: qwen_eqx.Tokenizer) -> list[Item]:
-    """Every test input of the first `limit` tasks; a prompt that exceeds the model loses whole training pairs."""
-    budget = model.max_seq - config.max_new_tokens
-    asking = prompts.asking(tokenizer, budget=budget, encoder=config.encoder, format=config.prompt)
-    return prompts.items(list(arc.load_tasks(config.tasks))[: config.limit], tokenizer, asking)
-
-
-def memory(config: Config, model: qwen_eqx.Qwen, capture: qwen_eqx.Capture, items: list[Item]) -> qwen_eqx.MemoryPlan:
-    """What the longest batch allocates, known before it does."""
-    width = qwen_eqx.prompt_width(max(len(item.tokens) for item in items))
-    kept = config.max_new_tokens + (width if config.positions == "all" else 0)
+def memory(job: Job) -> qwen_eqx.MemoryPlan:
+    """What the slots allocate, known before they do."""
+    config, model = job.config, job.model.config
+    width = qwen_eqx.prompt_width(job.index.longest)
     return qwen_eqx.MemoryPlan.of(
-        model.config,
-        batch=config.batch_size,
-        kv_seq=width + config.max_new_tokens,
-        cache_dtype=config.dtype,
-        sites=len(capture.resolve(model.config)),
-        captured_positions=config.batch_size * kept,
-        capture_dtype=config.dtype,
+        model, batch=config.batch_size, kv_seq=width + config.max_new_tokens, cache_dtype=config.dtype
     )
-
-
-def answer(
-    model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, items: list[Item], capture: qwen_eqx.Capture, config: Config
-) -> qwen_eqx.Generation:
-    """What the model writes after a few prompts at once."""
-    tokens = [item.tokens for item in items]
-    return completions.generate(model, tokenizer, tokens, config.max_new_tokens, capture=capture)
-
-
-def to_rows(out: qwen_eqx.Generation, row: int, number: int, item: Item) -> sae.Rows:
-    """The stored rows of one prompt of a batch."""
-    assert out.activations is not None
-    prompt = None if out.prompt_activations is None else out.prompt_activations[:, row]
-    return sae.Rows.of_sequence(item.tokens, completions.tokens_of(out, row), number, out.activations[:, row], prompt)
-
-
-def entry(out: qwen_eqx.Generation, row: int, item: Item, tokenizer: qwen_eqx.Tokenizer) -> dict[str, Any]:
-    """What an item's sidecar entry says: the task, what the model wrote, and how it reads."""
-    sample = completions.read(out, row, item.request, tokenizer)
-    return {
-        "task": item.task.id,
-        "test": item.test,
-        "prompt_tokens": len(item.tokens),
-        "dropped_pairs": list(item.prompt.dropped),
-        "tokens": int(out.lengths[row]),
-        "log_prob": round(sample.completion.log_prob, 6),
-        "text": sample.completion.text,
-        "outcome": completions.outcome(sample, item.task),
-    }
-
-
-def manifest(
-    config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, capture: qwen_eqx.Capture, items: int
-) -> sae.Manifest:
-    """What the store says of itself before its first shard."""
-    settings = {name: value for name, value in files.jsonable(config).items() if name != "out"}
-    origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settings)
-    return rows.manifest(model, tokenizer, capture, sae.Plan(items, config.items_per_shard), origin)
-
-
-def report(config: Config, speed: str) -> None:
-    """Reads the store back and says what is in it."""
-    store = sae.ActivationStore.open(config.out)
-    store.verify()
-    items = [item for shard in store.shards for item in shard.items]
-    said = collections.Counter(item["outcome"] for item in items)
-    size = sum(shard.bytes for shard in store.shards)
-    table = Table(title="activation store", show_header=False)
-    table.add_row("tasks, test inputs", f"{len({item['task'] for item in items})}, {len(items)}")
-    table.add_row(
-        "prompt tokens, generated tokens",
-        f"{sum(i['prompt_tokens'] for i in items):,}, {sum(i['tokens'] for i in items):,}",
-    )
-    table.add_row(
-        "rows × sites × d_model",
-        f"{len(store):,} × {len(store.sites)} × {store.manifest.d_model} {store.manifest.dtype}",
-    )
-    table.add_row("bytes", f"{size / 1e6:,.1f} MB in {len(store.shards)} shards, digests verified")
-    if speed:
-        table.add_row("speed", f"{speed} (compilation included)")
-    table.add_row("answers", ", ".join(f"{count} {name}" for name, count in said.most_common()))
-    table.add_row("where", str(config.out))
-    cli.console.print(table)
-    cli.console.print(f"next: python experiments/train_sae.py --source store --store {config.out}")
 
 
 if __name__ == "__main__":

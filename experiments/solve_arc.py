@@ -36,11 +36,14 @@ from qwen_lab import (
     solve_report,
     stopping,
     wording,
+    writing,
 )
 from qwen_lab.answering import Answer, How, Question
 from qwen_lab.bounds import Count, CountOrNone, Seed, Whole
+from qwen_lab.choosing import Choice, Positions
 from qwen_lab.errors import InputError
 from qwen_lab.predictions import RESCORED, Line
+from sae.data.plan import PLACES
 
 FREE = ("out", "report_tasks")  # what a run may be gone on with differently; so may `select`, but for rescoring
 Answered = list[tuple[Question, list[Answer]]]
@@ -90,8 +93,9 @@ class Config:
     """Keep activations as a store in OUT/activations (not of a search)."""
     layers: flags.Blocks = "late"
     """Residual stream after these blocks: `10:24`, `3,5,7`, `all`, or `late` for the last three fifths. For --capture."""
-    positions: Literal["all", "generated"] = "all"
-    """Every position, or only those whose logits chose a generated token. For --capture."""
+    positions: Positions = "all"
+    """Positions that become rows: all, those whose logits chose (or are to choose) a token of the answer, the prompt's, or
+    those that stand in a cell of any grid or of the test input. For --capture."""
     items_per_shard: Count = 8
     """Items in one shard file. An item is a completion. For --capture."""
     encoder: str = wording.AUTO
@@ -150,16 +154,27 @@ class Run:
         capture = None
         if config.capture:
             layers = places.parse_layers(config.layers, model.config.layers)
-            capture = qwen_eqx.Capture(layers=layers, positions=config.positions)
+            capture = qwen_eqx.Capture(
+                layers=layers, positions="generated" if config.positions == "generated" else "all"
+            )
         filters = (qwen_eqx.Temperature(config.temperature), qwen_eqx.TopP(config.top_p))
         sampler = qwen_eqx.Chain(*filters) if config.how == "sampled" else qwen_eqx.Greedy()
-        self.how = How(config.how, sampler, config.threshold, config.max_new_tokens, config.slots, config.seed, capture)
+        self.how = How(
+            config.how,
+            sampler,
+            config.threshold,
+            config.max_new_tokens,
+            config.slots,
+            config.seed,
+            capture,
+            Choice(config.positions),
+        )
         files.expect_files(config.out, "run.json", "resume.json", "submission.json", "scores.json", "report.html")
         predictions.same_run(config.out, settled(config) | self.facts(), self.tasks_digest)
         sizes = [len(task.test) * config.predictions_per_task for task in tasks]
         self.firsts = [sum(sizes[:index]) for index in range(len(tasks) + 1)]  # items before each task
         self.file = predictions.File(config.out / "predictions.jsonl", tasks)
-        self.shards = None if capture is None else rows.Shards(self.store(capture))
+        self.shards = None if capture is None else writing.Shards(self.store(capture))
         if self.shards is not None:
             stored = self.shards.committed_items
             self.file.keep(max(index for index, first in enumerate(self.firsts) if first <= stored))
@@ -179,7 +194,7 @@ class Run:
     def store(self, capture: qwen_eqx.Capture) -> sae.StoreWriter:
         config = self.config
         plan = sae.Plan(self.firsts[-1], config.items_per_shard)
-        origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settled(config))
+        origin = rows.Origin(config.model, config.revision, config.dtype, config.seed, settled(config), PLACES)
         manifest = rows.manifest(self.model, self.tokenizer, capture, plan, origin)
         return rows.writer(config.out / "activations", manifest)
 

@@ -18,6 +18,7 @@ RUNS = {
     "sae_step": ["--calls", "1", "--members", "2"],
     "train": ["--batch", "2", "--seq", "17", "--steps", "1", "--repeats", "1"],
     "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],
+    "extract": ["--prompts", "20", "--layers", "1", "--batch-tokens", "64", "--batches", "2", "--repeats", "1"],
     "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
 }  # fmt: skip
 
@@ -28,7 +29,7 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=200,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'experiments'}", "JAX_PLATFORMS": "cpu"},
     )
 
 

@@ -14,7 +14,9 @@ import qwen_eqx
 import running
 import sae
 import tolerances
-from qwen_lab import errors, places, wording
+from qwen_lab import corpora, errors, places, wording
+from qwen_lab.extraction import Extraction
+from qwen_lab.passages import Cursor, Segment
 
 FLAGS = ("--limit", "2", "--max-new-tokens", "4", "--layers", "1,3", "--dtype", "float32", "--items-per-shard", "1")
 
@@ -37,9 +39,9 @@ def test_rows_are_what_a_plain_pass_computes(extracted: tuple[Path, str]):
     assert store.sites == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
     items = [item for shard in store.shards for item in shard.items]
     model, tokenizer = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
-    asked = wording.filled(extract.Config(limit=2, max_new_tokens=4), tokenizer)
-    wanted = extract.make_items(asked, model.config, tokenizer)
-    assert [(item["task"], item["test"]) for item in items] == [(item.task.id, item.test) for item in wanted]
+    asked = corpora.resolved(wording.filled(extract.Config(limit=2), tokenizer), model.config)
+    wanted = [passage for _, passage in corpora.corpus(asked, tokenizer, 32_000).read([Segment(Cursor(0))])]
+    assert [(item["task"], item["test"]) for item in items] == [(one.said["task"], one.said["test"]) for one in wanted]
     at = 0
     for number, item in enumerate(wanted):
         count = items[number]["prompt_tokens"] + items[number]["tokens"] - 1  # the last token is never read
@@ -78,7 +80,7 @@ def test_a_second_run_finds_all_done_and_another_config_is_refused(
 ):
     out = extracted[0]
     shards = contents(out / "shards")
-    monkeypatch.setattr(extract, "answer", lambda *_: pytest.fail("a committed shard was made again"))
+    monkeypatch.setattr(Extraction, "generate", lambda *_: pytest.fail("a committed shard was made again"))
     same = extract.Config(limit=2, max_new_tokens=4, layers="1,3", dtype="float32", items_per_shard=1, out=out)
     extract.main(same)
     assert contents(out / "shards") == shards
@@ -113,7 +115,7 @@ def test_more_tasks_are_added_to_what_stands(per_shard: int, tmp_path: Path):
     extract.main(extract.Config(limit=3, out=whole, **same))
     ours, theirs = contents(grown), contents(whole)
     assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"run.json", "manifest.json"}:
+    for name in ours.keys() - {"run.json", "manifest.json", "metrics.jsonl"}:
         assert ours[name] == theirs[name], name
     if per_shard == 1:
         assert all((grown / "shards" / name).stat().st_mtime_ns == at for name, at in written.items())

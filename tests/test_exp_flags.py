@@ -23,7 +23,7 @@ from qwen_lab import InputError, RunConfig, flags, places, settings
 from running import ROOT
 
 COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-OTHER_THINGS = {"batch_size"}  # prompts that are generated together; rows of a training step
+OTHER_THINGS = {"batch_size", "mode"}  # prompts or rows of a step; how data are read, or a latent turned
 
 
 def config_of(command: str) -> type:
@@ -83,7 +83,18 @@ def test_a_name_has_one_type_and_one_sentence_and_a_thing_one_name():
 
 
 def test_every_list_takes_commas_and_spaces():
-    lists = {"layers", "sites", "sweep", "sae", "sides", "families", "held_out_families", "data", "stages"}
+    lists = {
+        "layers",
+        "sites",
+        "sweep",
+        "sae",
+        "sides",
+        "families",
+        "held_out_families",
+        "data",
+        "stages",
+        "exclude_tokens",
+    }
     for command, name, kind, _ in every_flag():
         several = typing.get_origin(kind.__origin__ if typing.get_origin(kind) is Annotated else kind) is tuple
         assert not several or name in lists, f"{command}: --{name} is a list of its own kind"

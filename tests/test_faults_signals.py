@@ -23,6 +23,7 @@ DECODE = (
 READING = ("qwen_eqx.model.effect", "captured")
 SPLICING = ("qwen_eqx.model.effect", "effects")
 SCHEDULE = ("qwen_eqx.generation.scheduler", "schedule")
+FORWARD = ("qwen_lab.reading", "start")
 WRITE = ("sae.files", "commit")
 TRAINING = ("sae.training.loop", "run")
 LESSONS = ("qwen_eqx.training.loop", "run")
@@ -49,7 +50,8 @@ CASES = [
     (command, IMPORTS, number) for command in SMALL for number in CODES if number == "SIGINT" or command == "extract"
 ]
 CASES += [
-    ("extract", COMPILE, "SIGINT"), ("extract", MODEL, "SIGTERM"), ("extract", WRITE, "SIGINT"),
+    ("extract", COMPILE, "SIGINT"), ("extract", SCHEDULE, "SIGTERM"), ("extract", WRITE, "SIGINT"),
+    ("extract", FORWARD, "SIGTERM"),
     ("solve_arc", COMPILE, "SIGTERM"), ("solve_arc", SCHEDULE, "SIGINT"), ("solve_arc", WRITE, "SIGINT"),
     ("train_sae", MODEL, "SIGINT"), ("train_sae", TRAINING, "SIGINT"), ("train_sae", TRAINING, "SIGTERM"),
     ("transform_dataset", RECORD, "SIGINT"), ("transform_dataset", WRITE, "SIGTERM"),
@@ -123,6 +125,25 @@ with stopping.held():
     os.kill(os.getpid(), signal.{second})
     signal.pause()
 """
+
+
+GRACE = """
+import os, signal, time
+import qwen_lab.stopping as stopping
+stopping.install()
+with stopping.held(), stopping.within(0.5):
+    os.kill(os.getpid(), signal.{number})
+    time.sleep(60)  # as a call of C may that looks for nothing
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_what_must_end_soon_does_though_nobody_looks(number: str):
+    done = subprocess.run(
+        [sys.executable, "-c", GRACE.format(number=number)], capture_output=True, text=True, timeout=40
+    )
+    assert done.returncode == CODES[number]
+    assert done.stderr == stopping.LINES[CODES[number]] + "\n"
 
 
 @pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qwen_lab.runs import Result as Result
     from qwen_lab.runs import Run as Run
     from qwen_lab.settings import RunConfig as RunConfig
+    from qwen_lab.sources import Forward as Forward
     from qwen_lab.sources import Live as Live
     from qwen_lab.sources import Stored as Stored
     from qwen_lab.stopping import Stopped as Stopped

@@ -16,6 +16,9 @@ from arc.ask import Request
 from arc.encode import FENCE, Encoder
 from arc.prompt import TooLong
 from qwen_eqx.text.ids import bucket
+from qwen_lab import choosing, completions, puzzles
+from qwen_lab.choosing import Choice
+from qwen_lab.prompts import Item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class How:
     slots: int
     seed: int
     capture: qwen_eqx.Capture | None
+    choice: Choice = Choice()  # noqa: RUF009  (frozen)
 
 
 def views(task: arc.Task, count: int, seed: int, again: bool, **kinds: bool) -> list[tuple[arc.Augmentation, int]]:
@@ -129,7 +133,19 @@ def complete(
         kept = None
         if done.activations is not None:
             kept = sae.Rows.of_sequence(question.tokens, done.tokens, number, done.activations, done.prompt_activations)
+            kept = choosing.marked(kept, _read(question, number, done.tokens.tolist(), tokenizer), how.choice)
         yield [Answer(done.tokens, float(done.log_probs.sum()), kept)]
+
+
+def _read(question: Question, number: int, tokens: list[int], tokenizer: qwen_eqx.Tokenizer) -> choosing.Read:
+    """What a question and its answer are, position by position."""
+    assert question.request is not None
+    item = Item(question.task, question.request, question.tokens)
+    grid = completions.as_sample(question.request, np.asarray(tokens, np.int32), 0.0, tokenizer).parsed.grid
+    cells = puzzles.answered(item, tokens, grid, {}, tokenizer).marks
+    assert cells is not None
+    read = [*question.tokens, *tokens[:-1]]
+    return choosing.Read(number, read, len(question.tokens), cells().first(len(read)), len(question.task.train))
 
 
 def _search(

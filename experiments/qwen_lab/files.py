@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, an indented value."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def location(path: Path) -> Path | str:
+    """What a flag named: a path, or the URL that a `Path` keeps one slash of two of."""
+    found = re.fullmatch("([a-z][a-z0-9+.-]+):/(.*)", path.as_posix())
+    return path if found is None else f"{found[1]}://{found[2]}"
+
+
+def beside(path: Path) -> Path:
+    """The directory of this machine for what goes with a run's: itself, or for a URL one that its name leads to."""
+    if isinstance(location(path), Path):
+        return path
+    return Path("runs") / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def fresh_directory(path: Path) -> Path:

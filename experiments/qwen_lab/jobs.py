@@ -5,10 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-import arc
 import qwen_eqx
 import sae
-from qwen_lab import locks, places, prompts, sources, sweeps, wording
+from qwen_lab import corpora, files, locks, places, prompts, sources, sweeps, wording
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
@@ -46,7 +45,7 @@ def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:
 
 
 def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
-    store = sae.ActivationStore.open(config.store)
+    store = sae.ActivationStore.open(files.location(config.store))
     default = places.JOINED.join(store.sites) if form_of(config).several_sites else store.sites[0]
     members = sweeps.make_members(config, combined, places.in_store(store), default)
     sites = sweeps.sites_of(members)
@@ -55,6 +54,7 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     )
     manifest = store.manifest
     said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
+    said["tasks"] = " ".join(manifest.config.get("data") or ()) or said["tasks"]
     text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)
     return Job(source, members, _facts(text, manifest.revision, source))
 
@@ -65,20 +65,18 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
     )
     default = places.default_sites(model.config, form_of(config))
     members = sweeps.make_members(config, combined, places.in_model(model.config), default)
-    asked = wording.filled(config, tokenizer)
-    tasks = list(arc.load_tasks(asked.tasks))[: config.limit]
+    asked = corpora.resolved(wording.filled(config, tokenizer), model.config)
     longest = min(config.max_prompt or model.config.max_seq, model.config.max_seq)
-    asking = prompts.asking(tokenizer, budget=longest, encoder=asked.encoder, format=asked.prompt)
-    source = sources.Live(
-        model,
-        tokenizer,
-        prompts.items(tasks, tokenizer, asking, too_long="skip"),
-        held_out=config.held_out,
-        sites=sweeps.sites_of(members),
-        prompts=config.prompts,
-        max_new_tokens=config.max_new_tokens,
+    how = {"held_out": config.held_out, "sites": sweeps.sites_of(members), "prompts": config.prompts}
+    if asked.mode == "forward":
+        source = sources.Forward(model, corpora.corpus(asked, tokenizer, min(longest, asked.context_length)), **how)
+    else:
+        asking = prompts.asking(tokenizer, budget=longest, encoder=asked.encoder, format=asked.prompt)
+        items = prompts.items(list(corpora.tasks_of(asked)), tokenizer, asking, too_long="skip")
+        source = sources.Live(model, tokenizer, items, max_new_tokens=config.max_new_tokens, **how)
+    text = Text(
+        config.model, " ".join(asked.data) or asked.tasks, asked.encoder, asked.prompt, f"sha256:{tokenizer.digest}"
     )
-    text = Text(config.model, asked.tasks, asked.encoder, asked.prompt, f"sha256:{tokenizer.digest}")
     return Job(source, members, _facts(text, config.revision, source))
 
 

@@ -1,9 +1,12 @@
-"""Captured activations on their way into a store: what the store says of itself, and whole shards."""
+"""What a store says of the run that fills it: its manifest, digests of what must agree, and the store resumed."""
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 import qwen_eqx
 import sae
@@ -19,6 +22,8 @@ class Origin:
     dtype: str
     seed: int
     config: dict[str, Any]
+    columns: tuple[str, ...] = ()
+    items_digest: str = ""
 
 
 def manifest(
@@ -37,44 +42,28 @@ def manifest(
         plan=plan,
         config=origin.config,
         versions=provenance.versions(),
+        columns=origin.columns,
+        weights_digest=weights_digest(model),
+        items_digest=origin.items_digest,
     )
 
 
-def writer(directory: Path | str, manifest: sae.Manifest) -> sae.StoreWriter:
-    """Of a new store, of the same one resumed, or of one that was begun with a lower --limit."""
+def weights_digest(model: qwen_eqx.Qwen) -> str:
+    """SHA-256 of every weight by its place in the model, in the dtype that it is used in."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        values = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+        total.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return f"sha256:{total.hexdigest()}"
+
+
+def writer(directory: Path | str, manifest: sae.Manifest, items_digest: str = "") -> sae.StoreWriter:
+    """Of a new store, of the same one resumed, or of one that was begun with a lower --limit.
+
+    `items_digest` is of as many items as that one was planned for.
+    """
     there, limit = sae.Manifest.there(directory), manifest.config["limit"]
     if there is not None and extending.raised(directory, "limit", there.config.get("limit"), limit):
-        return sae.StoreWriter.extend(directory, manifest, "limit")
+        return sae.StoreWriter.extend(directory, manifest, "limit", items_digest=items_digest)
     return sae.StoreWriter.create(directory, manifest)
-
-
-class Shards:
-    """Items come one after another; a shard is written as soon as it has all of its own."""
-
-    def __init__(self, writer: sae.StoreWriter):
-        self.writer = writer
-        self.missing = set(writer.missing)
-        self.rows: list[sae.Rows] = []
-        self.items: list[Mapping[str, Any]] = []
-
-    @property
-    def committed_items(self) -> int:
-        """Items before the first shard that is missing."""
-        plan = self.writer.plan
-        return plan.items_of(min(self.missing)).start if self.missing else plan.items
-
-    def add(self, number: int, rows: sae.Rows, item: Mapping[str, Any]) -> None:
-        """Item `number`, which follows the one added before; those of a shard that stands are passed over."""
-        plan = self.writer.plan
-        shard = number // plan.items_per_shard
-        if shard not in self.missing:
-            return
-        planned = plan.items_of(shard)
-        if number != planned.start + len(self.items):
-            return  # a run resumed inside this shard comes back to its first item: see `committed_items`
-        self.rows.append(rows)
-        self.items.append(item)
-        if number == planned.stop - 1:
-            self.writer.write_shard(shard, sae.Rows.concatenate(self.rows), self.items)
-            self.missing.discard(shard)
-            self.rows, self.items = [], []

@@ -15,7 +15,7 @@ from qwen_eqx.model.room import free_device_bytes
 from qwen_lab import evaluation, extending, files, provenance, sources, stopping, tracking
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
-from qwen_lab.settings import RAISABLE, RunConfig, form_of, k_of, settled, training_flags
+from qwen_lab.settings import EARLIER, RAISABLE, RunConfig, form_of, k_of, settled, training_flags
 from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
@@ -255,7 +255,7 @@ class Run:
             )
 
     def _check_same(self, old: dict[str, Any]) -> None:
-        new = settled(self.config)
+        old, new = EARLIER | old, settled(self.config)
         more = {name for name in RAISABLE if extending.raised(self.config.out, name, old.get(name), new[name])}
         differences = [
             f"{name} was {old.get(name)!r} and is {new[name]!r}"

@@ -10,19 +10,23 @@ import tyro
 import sae
 from qwen_lab import bounds, files, flags, tracking, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
+from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
 
 Form = Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(list(sae.FORMS)))]
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
+TASKS = Unsaid(120)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(OfData):
     """What a training run is told."""
 
     source: Literal["live", "store"] = "live"
     """live: activations straight from the model; store: replayed from the shards of `extract.py`."""
     store: Path = Path("runs/extract")
-    """Activation store, for --source store."""
+    """Activation store, for --source store. A directory, or a URL such as s3://bucket/prefix."""
     partial_store: bool = False
     """Train on the shards that are there, of a store that is not finished."""
     form: Form = "topk"
@@ -38,8 +42,9 @@ class RunConfig:
     tasks: str = wording.AUTO
     """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
     auto: the procedural tasks that the model was trained for, or arc-agi-1/training. Live only."""
-    limit: CountOrNone = 120
-    """Tasks to take, from the first; None takes all. Held-out ones are among them. Live only."""
+    limit: CountOrNone = TASKS
+    """Tasks to take, from the first; None takes all. Held-out ones are among them. Of texts it counts documents, and all are
+    taken unless it is given. Live only."""
     held_out: Count = 20
     """Of these the last so many are never trained on; the metrics at the end are theirs."""
     layer: Whole | None = None
@@ -121,6 +126,7 @@ def k_of(config: RunConfig) -> int:
     return 16 if config.k is None else config.k
 
 
+EARLIER = files.jsonable(OfData())  # what runs that know none of these flags did
 FREE = ("out", "checkpoint_every", "partial_store", "track")  # change no result
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
@@ -132,6 +138,7 @@ def settled(config: RunConfig) -> dict[str, Any]:
 
 
 LIVE = (
+    *EARLIER,
     "model",
     "revision",
     "dtype",

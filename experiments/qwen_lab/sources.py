@@ -1,10 +1,12 @@
-"""Where SAE training gets its rows from: a model that is generating now, or the shards of an earlier run.
+"""Where SAE training gets its rows from: a model that generates or reads now, or the shards of an earlier run.
 
-Both give the same `Group`s: a few test inputs' activations, item after item and position after position, on the device.
+All give the same `Group`s: a few test inputs' activations, item after item and position after position, on the device.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
@@ -19,7 +21,9 @@ import sae
 from qwen_eqx.text.ids import bucket
 from qwen_lab import completions
 from qwen_lab.errors import InputError
+from qwen_lab.passages import Corpus, Index, Passage
 from qwen_lab.prompts import Item
+from qwen_lab.reading import Reader
 from sae.data import buffer
 
 
@@ -108,6 +112,68 @@ def _flat(prompt: Array, generated: Array, prompt_lengths: Array, lengths: Array
     return Group(jnp.moveaxis(rows, 0, 2).reshape(-1, sites, d_model), valid.reshape(-1))
 
 
+class Forward:
+    """Groups that a model reads at once, of given tokens; they never leave its device.
+
+    The data are gone through once to count them, and are read again group by group: only what is held out is kept.
+    """
+
+    def __init__(self, model: qwen_eqx.Qwen, corpus: Corpus, *, held_out: int, sites: tuple[str, ...], prompts: int):
+        self.sites, self.d_model, self.dtype = sites, model.config.d_model, jnp.dtype(model.dtype)
+        self.model, self.corpus, self.prompts, self.positions = model, corpus, prompts, "all"
+        self.places = qwen_eqx.Capture(sites=sites).resolve(model.config)
+        last: collections.deque[tuple[str, list[list[int]]]] = collections.deque(maxlen=held_out)
+        names = 0
+
+        def seen(number: int, passage: Passage) -> None:
+            nonlocal names
+            name = str(passage.said.get("task", passage.said.get("record")))
+            if not last or last[-1][0] != name:
+                names += 1
+                last.append((name, []))
+            last[-1][1].append(passage.tokens)
+
+        self.index = Index.of(corpus, prompts, seen=seen)
+        if not 1 <= held_out < names:
+            raise InputError(
+                f"--held-out: found {held_out}, expected 1 to {names - 1}: there are {names} tasks or documents"
+            )
+        self.tasks_read, self.held_out_tasks = names, tuple(name for name, _ in last)
+        kept = [tokens for _, several in last for tokens in several]
+        self.first = self.index.plan.items - len(kept)
+        self.kept = [kept[part] for part in _parts(len(kept), 0, prompts)]
+        self.training, self.held_out = -(-self.first // prompts), len(self.kept)
+        self.largest = prompts * self._reader(1).width(self.index.longest)
+        self.stream, self.next = iter(()), -1
+
+    def group(self, number: int) -> Group:
+        """The activations of a few passages, padded to the widest of them."""
+        if number >= self.training:
+            return self._read(self.kept[number - self.training])
+        if number != self.next:
+            self.stream = self.index.read(self.corpus, range(number, self.training))
+        self.next = number + 1
+        end = min((number + 1) * self.prompts, self.first)
+        taken = itertools.islice(self.stream, end - number * self.prompts)
+        return self._read([passage.tokens for _, passage in taken])
+
+    def _reader(self, width: int) -> Reader:
+        return Reader(self.model, self.places, self.prompts * width)
+
+    def _read(self, items: list[list[int]]) -> Group:
+        width = self._reader(1).width(max(1, *map(len, items), 1))
+        out = self._reader(width).start([tokens or [0] for tokens in items], width)
+        lengths = [len(tokens) for tokens in items] + [0] * (self.prompts - len(items))
+        return _stacked(out.values, jnp.asarray(lengths, jnp.int32))
+
+
+@jax.jit
+def _stacked(values: tuple[Array, ...], lengths: Array) -> Group:
+    rows = jnp.stack(values, axis=2)
+    valid = jnp.arange(rows.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    return Group(rows.reshape(-1, *rows.shape[2:]), valid.reshape(-1))
+
+
 class Stored:
     """Groups read back from a store that `extract.py` wrote, as many items at a time as the live run has prompts."""
 
@@ -131,7 +197,7 @@ class Stored:
             raise InputError(f"{store.directory}: found no committed rows, expected some to train on")
         spans, said = store.item_rows, store.items  # an item whose sidecar names no task is one by itself
         numbers = [number for number, rows in spans.items() if rows]
-        tasks = [str(said[number].get("task", number)) for number in numbers]
+        tasks = [str(said[number].get("task", said[number].get("record", number))) for number in numbers]
         first, self.held_out_tasks = split(tasks, held_out)
         self.tasks_read, self.positions = len(set(tasks)), str(store.manifest.config.get("positions", "all"))
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]

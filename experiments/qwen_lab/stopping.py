@@ -31,6 +31,7 @@ class _State:
     installed = False
     holders = 0
     asked: int | None = None
+    grace: float | None = None  # seconds from a signal to the end, whoever looks for it
     counts: ClassVar = [0, 0]  # signals seen by the handler and by the thread that watches
     lock = threading.RLock()  # a handler may interrupt a handler
 
@@ -69,6 +70,16 @@ def held() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     check()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Inside the with block a signal ends a command after so long, also where no `check` comes: all files are whole."""
+    _State.grace = seconds
+    try:
+        yield
+    finally:
+        _State.grace = None
 
 
 def asked() -> bool:
@@ -117,6 +128,10 @@ def _note(number: int, who: int) -> None:
         if not _State.holders or _State.asked is not None:
             _end(CODES[signal.Signals(number)])
         _State.asked = number
+        if _State.grace is not None:
+            timer = threading.Timer(_State.grace, _end, [CODES[signal.Signals(number)]])
+            timer.daemon = True
+            timer.start()
 
 
 def _end(code: int) -> NoReturn:

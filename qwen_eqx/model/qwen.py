@@ -123,17 +123,19 @@ class Qwen(eqx.Module):
             layers.append(layer)
         return x, KVCache(tuple(layers), index + seq, length + seq)
 
-    def read(self, tokens: Int[Array, "batch seq"], *, remat: bool = False) -> Float[Array, "batch seq d_model"]:
+    def read(
+        self, tokens: Int[Array, "batch seq"], *, remat: bool = False, tap: Tap = untouched
+    ) -> Float[Array, "batch seq d_model"]:
         """The residual stream after the last block, of whole documents from position 0: `forward`, to be differentiated.
 
         Its attention keeps no scores for the gradient. `remat`: of each block only what goes in is kept, the rest is
-        computed again (`jax.checkpoint`).
+        computed again (`jax.checkpoint`); a tap that keeps what it sees wants none.
         """
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rotation = Rotation.at(positions, self.config.d_head, self.config.rope_theta)
 
         def through(block: Block, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-            return block(x, rotation, None, None, 0, untouched)[0]
+            return block(x, rotation, None, None, 0, tap)[0]
 
         x = self.embed(tokens)
         for block in self.blocks:
