@@ -11,7 +11,7 @@ if __name__ == "__main__":
     qwen_lab.stopping.install()  # before anything heavy is imported
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from qwen_lab import (
     space,
     stopping,
     store_report,
+    tracking,
     wording,
 )
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times
@@ -42,14 +43,14 @@ from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
 from qwen_lab.extraction import Extraction
 from qwen_lab.locks import Share
-from qwen_lab.meter import Meter, to_file
+from qwen_lab.meter import Meter
 from qwen_lab.passages import Corpus, Index, Passage
 from qwen_lab.reading import Reader
 from qwen_lab.writing import Background, Shards
 from sae import storage
 from sae.data.plan import PLACES
 
-FREE = ("out", "batch_size", "workers_of", "verify")  # what a run may be gone on with differently
+FREE = ("out", "batch_size", "workers_of", "verify", "track")  # what a run may be gone on with differently
 FEW = Unsaid(6)
 GRACE = 23.0  # seconds from a signal to the end
 
@@ -96,6 +97,8 @@ class Config(OfData):
     """Of the run. Greedy decoding draws nothing; --sample-rows does."""
     workers_of: str | None = None
     """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
+    track: tracking.Track = "none"
+    """Send the numbers of metrics.jsonl there too, as they come. It must be installed."""
     verify: bool = False
     """Hash every shard that stands, and make the damaged ones again."""
     out: Path = Path("runs/extract")
@@ -150,6 +153,7 @@ def main(config: Config) -> None:
 def plan(config: Config) -> Job:
     """Everything that is known before the first byte is written; wrong flags and data raise here."""
     bounds.check(config)
+    tracking.check(config.track)
     share = None if config.workers_of is None else Share.parse(config.workers_of)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
     config = corpora.resolved(wording.filled(config, tokenizer), model.config)
@@ -236,14 +240,23 @@ def fill(job: Job, writer: sae.StoreWriter) -> str:
     cli.console.print(space.check(job.home, writer.manifest, job.index, todo, job.choice, job.new), markup=False)
     if not job.forward:
         cli.console.print(f"memory beside the weights, at most: {memory(job)}")
-    items = sum(len(writer.plan.items_of(shard)) for shard in todo)
     tokens = sum(job.index.tokens[shard] for shard in todo)
-    name = "metrics.jsonl" if job.share is None else f"metrics{job.share.suffix}.jsonl"
-    meter = Meter(tokens, to_file(job.beside / name))
     if not todo:
         return ""
+    suffix = "" if job.share is None else job.share.suffix
+    with tracking.Log(job.beside, config.track, config, share=suffix) as log:
+        meter = Meter(tokens, log.add)
+        work(job, writer, todo, meter)
+        meter.record(now=True)
+    return meter.note
+
+
+def work(job: Job, writer: sae.StoreWriter, todo: Sequence[int], meter: Meter) -> None:
+    """Reads, computes and writes these shards."""
+    config, longest = job.config, job.index.longest
     reader = Reader(job.model, job.capture.resolve(job.model.config), config.batch_tokens if job.forward else 1)
-    reader.check_room(job.index.longest + job.new)
+    reader.check_room(longest + job.new)
+    items = sum(len(writer.plan.items_of(shard)) for shard in todo)
     with (
         cli.bar(items, "reading" if job.forward else "generating", "items") as advance,
         Background(writer.write_shard, meter) as background,
@@ -254,10 +267,8 @@ def fill(job: Job, writer: sae.StoreWriter) -> str:
         if job.forward:
             extraction.forward(arriving)
         else:
-            slots, longest = config.batch_size, job.index.longest
+            slots = config.batch_size
             extraction.generate(arriving, slots=slots, max_new_tokens=config.max_new_tokens, longest=longest)
-    meter.record(now=True)
-    return meter.note
 
 
 def memory(job: Job) -> qwen_eqx.MemoryPlan:

@@ -1,10 +1,8 @@
 """How far a long run has come and where its time goes: for the progress bar, and for `metrics.jsonl`."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 EVERY_SECONDS = 10.0
@@ -69,13 +67,3 @@ class Meter:
         if now or time.perf_counter() - self.said >= EVERY_SECONDS:
             self.said = time.perf_counter()
             self.log(self.line)
-
-
-def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
-    """Appends a line of JSON each time it is called."""
-
-    def log(line: dict[str, Any]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    return log

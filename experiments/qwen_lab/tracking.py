@@ -37,7 +37,8 @@ class Log:
     """Takes the numbers of one run: `with Log(…) as log: log.add({"step": 10, "loss": 0.3})`.
 
     Begins metrics.jsonl with `history`, so that a resumed run forgets what stood behind its checkpoint; None goes on
-    after the lines that stand there. A tracker that fails is said once and left alone: it never ends a run.
+    after the lines that stand there. Processes that share a run each have a `share` in their file's name. A tracker that
+    fails is said once and left alone: it never ends a run.
     """
 
     def __init__(
@@ -47,13 +48,15 @@ class Log:
         config: Any,
         history: Sequence[Mapping[str, Any]] | None = None,
         members: Sequence[str] = (),
+        share: str = "",
     ):
-        self.path, self.track, self.members = out / METRICS, track, members
+        self.path, self.track, self.members = out / METRICS.replace(".", f"{share}."), track, members
         lines = _standing(self.path) if history is None else [json.dumps(line) for line in history]
         files.write_text(self.path, "".join(f"{line}\n" for line in lines))
         self.run: Any = None
         if track != "none":
-            name = _name(out, going_on=bool(lines))  # a disk that is full is no fault of the tracker's
+            own = out / NAME.replace(".", f"{share}.")
+            name = _name(own, going_on=bool(lines))  # a disk that is full is no fault of the tracker's
             self._careful(lambda: self._begin(name, files.jsonable(config)))
 
     def __enter__(self) -> "Log":
@@ -106,15 +109,14 @@ def _standing(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def _name(out: Path, going_on: bool) -> str:
+def _name(path: Path, going_on: bool) -> str:
     """What the tracker calls this run; kept beside it, so that a run that goes on is one curve and a new one another."""
-    path = out / NAME
     if going_on and path.exists():
         try:
             return str(json.loads(path.read_text())["run"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}: found another file, expected the tracker's name of this run") from None
-    name = f"{out.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{path.resolve().parent.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     files.write_json(path, {"run": name})
     return name
 
