@@ -187,7 +187,7 @@ def check_transform(config: transform_dataset.Config, of: dict[str, Stage]) -> N
 def check_extract(config: Extract, of: dict[str, Stage]) -> None:
     sites_of(config)
     named = described(config)[0].tasks
-    if of["transform"].doing != "run" and next(iter(arc.iter_tasks(named)), None) is None:
+    if not config.data and of["transform"].doing != "run" and next(iter(arc.iter_tasks(named)), None) is None:
         raise InputError(f"--tasks {named}: found no tasks, expected at least one")
 
 
