@@ -5,6 +5,8 @@ import hashlib
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import arc

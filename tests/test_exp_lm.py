@@ -82,7 +82,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tm
             run(train_lm, small(tmp_path, eval_every=5))
     [step] = checkpoint.steps(tmp_path / "checkpoints")
     assert step in (1, 2)  # one call: its second step shares it if it is as wide
-    assert f"{step} steps of 3 tasks" in (tmp_path / lm_runs.MODEL / "README.md").read_text()
+    assert f"{step} steps, {3 * step} tasks" in (tmp_path / lm_runs.MODEL / "README.md").read_text()
     assert f"going on from step {step} of 8" in run(train_lm, small(tmp_path))
     assert weights(tmp_path) == weights(trained)
     whole = [json.loads(line)["step"] for line in (tmp_path / lm_runs.METRICS).read_text().splitlines()]
@@ -182,7 +182,7 @@ def test_small_grids_are_drawn_more_often():
         tasks = [teacher.task(n) for n in range(200)]
         return [max(*p.input.shape, *p.output.shape) for task in tasks for p in (*task.train, *task.test)]
 
-    whole, some = np.asarray(sides(0)), np.asarray(sides(1))
+    whole, some = np.asarray(sides(0.0)), np.asarray(sides(1.0))
     assert max(whole) == max(some) == 6
     assert (some <= 4).mean() > (whole <= 4).mean() + 0.15
 

@@ -145,16 +145,17 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of steps `step` to `steps`, `size` = (accumulate, batch) documents to a step.
 
-    A call takes consecutive steps of one width, at most `at_once`: [steps, accumulate, batch, seq].
+    A call takes consecutive steps of one width, and ends with every step that is a multiple of `at_once`:
+    [steps, accumulate, batch, seq].
     """
     waiting: list[Batch] = []
     with contextlib.closing(_each(course, step, steps, size, workers)) as each:
-        for batch in each:
+        for number, batch in enumerate(each, step + 1):
             if waiting and waiting[0].tokens.shape != batch.tokens.shape:
                 yield _stacked(waiting)
                 waiting = []
             waiting.append(batch)
-            if len(waiting) == at_once:
+            if number % at_once == 0:
                 yield _stacked(waiting)
                 waiting = []
     if waiting:
