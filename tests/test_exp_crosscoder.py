@@ -62,10 +62,10 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tm
 
 
 def test_live_equals_replay_and_a_sweep_trains_several(tmp_path: Path):
-    shared = {"tasks": str(short_tasks(tmp_path)), "limit": 3}
-    stored = {"layers": "none", "sites": SITES, "max_new_tokens": 4, "batch_size": 2, "out": tmp_path / "store"}
+    shared = {"tasks": str(short_tasks(tmp_path)), "limit": 3, "mode": "forward"}
+    stored = {"layers": "none", "sites": SITES, "out": tmp_path / "store"}
     run(extract, extract.Config(**shared, **stored))
-    fields = FIELDS | {"held_out": 1, "prompts": 2, "sweep": ("k=2,4",)}
+    fields = FIELDS | {"held_out": 1, "prompts": 2, "sweep": ("k=2,4",), "max_prompt": 1024}
     run(train_sae, small(tmp_path / "live", **shared, **fields))
     run(train_sae, small(tmp_path / "replay", source="store", store=tmp_path / "store", **fields))
     for name in ("k2", "k4"):

@@ -183,12 +183,27 @@ def test_a_sweep_trains_the_same_saes_as_single_runs(tmp_path: Path, trained: Pa
 def test_live_equals_replay(tmp_path: Path):
     """The same rows in the same order give the same SAE, bit for bit."""
     store = tmp_path / "store"
-    options = {"limit": 3, "max_new_tokens": 4, "tasks": str(short_tasks(tmp_path))}
-    run(extract, extract.Config(**options, batch_size=2, items_per_shard=2, layers="2,3", out=store))
-    shape = {"limit": 3, "tasks": options["tasks"], "held_out": 1, "prompts": 2, "layer": 3, "steps": 4}
+    options = {"limit": 3, "mode": "forward", "tasks": str(short_tasks(tmp_path))}
+    run(extract, extract.Config(**options, items_per_shard=2, layers="2,3", out=store))
+    shape = {**options, "held_out": 1, "prompts": 2, "layer": 3, "steps": 4, "max_prompt": 1024}
     run(train_sae, small(tmp_path / "live", **shape))
     run(train_sae, small(tmp_path / "replay", source="store", store=store, **shape))
     assert (tmp_path / "live" / WEIGHTS).read_bytes() == (tmp_path / "replay" / WEIGHTS).read_bytes()
+
+
+def test_rows_that_were_generated_are_stored_up_to_rounding(tmp_path: Path):
+    """What is stored is of one pass over prompt and answer, what is trained on live of the generating loop."""
+    options = {"limit": 3, "max_new_tokens": 4, "tasks": str(short_tasks(tmp_path))}
+    run(extract, extract.Config(**options, items_per_shard=2, layers="3", out=tmp_path / "store"))
+    shape = {**options, "held_out": 1, "prompts": 2, "layer": 3}
+    places = ({}, {"source": "store", "store": tmp_path / "store"})
+    rows = []
+    for place in places:
+        group = _job(small(tmp_path / "out", **shape, **place))[1].group(0)
+        rows.append(np.asarray(group.rows, np.float32)[np.asarray(group.valid), 0])
+    live, stored = rows
+    errors = np.linalg.norm(live - stored, axis=1) / np.linalg.norm(stored, axis=1)
+    assert errors.max() < tolerances.BF16_ROW
 
 
 def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: Path, tmp_path: Path, monkeypatch):

@@ -87,10 +87,10 @@ def test_live_equals_replay(tmp_path: Path):
     """A sweep of two transcoders, bit for bit."""
     pairs = "blocks.1.hook_resid_mid:blocks.1.hook_mlp_out", "blocks.1.hook_mlp_out:blocks.2.hook_resid_post"
     names = (f"site={','.join(pairs)}",)
-    store, shared = tmp_path / "store", {"limit": 3, "tasks": str(short_tasks(tmp_path))}
+    store, shared = tmp_path / "store", {"limit": 3, "tasks": str(short_tasks(tmp_path)), "mode": "forward"}
     sites = ("blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid", "blocks.2.hook_resid_post")
-    run(extract, extract.Config(**shared, layers="none", sites=sites, max_new_tokens=4, batch_size=2, out=store))
-    shared |= {"held_out": 1, "prompts": 2, "steps": 4}
+    run(extract, extract.Config(**shared, layers="none", sites=sites, out=store))
+    shared |= {"held_out": 1, "prompts": 2, "steps": 4, "max_prompt": 1024}
     run(train_sae, small(tmp_path / "live", **shared, sweep=names))
     run(train_sae, small(tmp_path / "replay", source="store", store=store, **shared, sweep=names))
     weights = sorted((tmp_path / "live").glob("sae/**/sae_weights.safetensors"))
