@@ -38,7 +38,6 @@ TABLE = [  # command, flags ({file} is a path below)
     ("train_lm", "--lr", "nan"), ("train_lm", "--steps", BIG), ("train_lm", "--families", "nothing"),
     ("train_lm", "--heads", "3"),
     ("train_lm", "--context-length", "20"), ("train_lm", "--encoder", "nothing"), ("train_lm", "--turned", "2"),
-    ("train_lm", "--steps", "5", "--lr", "1", "--steps=6"), ("extract", "--batch_size", "2", "--batch-size", "3"),
     ("train_lm", "--small", "2"),
     ("train_lm", "--init", "x" * 5000), ("train_lm", "--tokenizer", "~nobody"), ("train_lm", "--optimizer", "sgd"),
     ("evaluate_lm", "--model", "x" * 5000), ("evaluate_lm", "--held-out-families", "nothing"),

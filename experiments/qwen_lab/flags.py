@@ -40,9 +40,6 @@ def parse(
     A config class with `told` reads a part of the words by itself: it gives the defaults of the others, and these.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    named = [word.partition("=")[0].replace("_", "-") for word in given if word.startswith("--")]
-    if twice := [name for name in named if named.count(name) > 1]:
-        raise InputError(f"{twice[0]}: found it {named.count(twice[0])} times, expected once")
     if default is None and hasattr(config, "told"):
         default, given = cast(Any, config).told(given)
     told: dict[str, Any] = {} if default is None else {"default": default}
