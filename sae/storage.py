@@ -232,8 +232,8 @@ def place(location: str | Path) -> Place:
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether it is PROTOCOL://…; a `Path` is none, for it keeps one of two slashes."""
-    return isinstance(location, str) and re.match("[a-z][a-z0-9+.-]+://", location) is not None
+    """Whether it is PROTOCOL://…; a web page is no storage, and a `Path` keeps one of two slashes."""
+    return isinstance(location, str) and re.match("(?!https?:)[a-z][a-z0-9+.-]+://", location) is not None
 
 
 def read_all(places: Sequence[Place]) -> list[dict[str, Any]]:

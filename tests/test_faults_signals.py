@@ -27,7 +27,7 @@ FORWARD = ("qwen_lab.reading", "start")
 WRITE = ("sae.files", "commit")
 TRAINING = ("sae.training.loop", "run")
 LESSONS = ("qwen_eqx.training.loop", "run")
-FORWARD = ("qwen_lab.features", "matched")
+MATCHING = ("qwen_lab.features", "matched")
 REMOVAL = ("qwen_lab.features", "removed")
 RECORD = ("arc.data", "task_from_examples")
 CODES = {"SIGINT": 130, "SIGTERM": 75}
@@ -61,7 +61,7 @@ CASES += [
     ("evaluate_sae", WRITE, "SIGTERM"),
     ("train_lm", LESSONS, "SIGINT"), ("train_lm", LESSONS, "SIGTERM"), ("train_lm", COMPILE, "SIGTERM"),
     ("evaluate_lm", SCHEDULE, "SIGINT"), ("evaluate_lm", COMPILE, "SIGTERM"),
-    ("find_features", READING, "SIGINT"), ("find_features", FORWARD, "SIGINT"), ("find_features", REMOVAL, "SIGTERM"),
+    ("find_features", READING, "SIGINT"), ("find_features", MATCHING, "SIGINT"), ("find_features", REMOVAL, "SIGTERM"),
     ("pipeline", COMPILE, "SIGTERM"), ("pipeline", WRITE, "SIGINT"), ("pipeline", TRAINING, "SIGTERM"),
     ("pipeline", SPLICING, "SIGINT"),
 ]  # fmt: skip
