@@ -49,7 +49,7 @@ def test_one_is_as_good_as_its_card_says(name: str):
     model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
     one = loading.OnModel().dictionary(name, loaded, model.config)
     told = loaded.metadata
-    ids = set(told["held_out_tasks"][:30])
+    ids = set(told["held_out_tasks"][:12])
     tasks = [task for task in arc.load_tasks(told["tasks"]) if task.id in ids]
     wording = {"encoder": told["encoder"], "format": told["prompt"]}
     documents = qwen_lab.documents(tasks, tokenizer, max_tokens=500, **wording)
