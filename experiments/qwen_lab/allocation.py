@@ -1,4 +1,4 @@
-"""The process keeps the memory of finished steps: on CPU, giving it back and fetching it again takes a third of a step."""
+"""The process keeps the memory of finished steps: on CPU, giving it back and fetching it again takes a quarter of a step."""
 
 import ctypes
 import sys
