@@ -85,10 +85,12 @@ def test_thresholds_set_by_rows_let_as_many_fire_as_asked(l0):
     assert float((asked.encode(x) > 0).sum(-1).mean()) == pytest.approx(l0, rel=1e-3)
     ratio = np.asarray(asked.threshold / module.threshold)
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
-    for rows, wanted in ((x[:0], 2.0), (x, 0.0), (x, 16.0)):
+    for rows, wanted in ((x[:0], 2.0), (x, 0.0), (x, 16.5)):
         with pytest.raises(InputError, match="at_l0: found"):
             module.at_l0(rows, wanted)
-    assert make("relu").at_l0(x, l0).b_enc is not None  # others stay as they are
+    assert float((module.at_l0(x, 16.0).encode(x) > 0).sum(-1).mean()) > 6.5  # all of them: as many as can fire
+    relu = make("relu")
+    assert relu.at_l0(x, l0) is relu  # others stay as they are
 
 
 def test_impossible_starts_are_refused():

@@ -99,10 +99,8 @@ class JumpReLU(AbstractSAE):
 
         Thresholds are trained on rows that the latents were trained on too; on others more fire. So this wants others.
         """
-        if not len(x) or not 0 < l0 < self.d_sae:
-            raise InputError(
-                f"at_l0: found {len(x)} rows, l0={l0}, expected rows and more than 0 of {self.d_sae} latents"
-            )
+        if not len(x) or not 0 < l0 <= self.d_sae:
+            raise InputError(f"at_l0: found {len(x)} rows, l0={l0}, expected rows and above 0 to {self.d_sae} latents")
         low, high = -jnp.log(16.0), jnp.log(16.0)
         for _ in range(24):  # the factor to a millionth
             middle = (low + high) / 2
