@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import random
 import types
 import typing
 from collections import defaultdict
@@ -19,7 +20,7 @@ import evaluate_sae
 import extract
 import solve_arc
 import steer
-from qwen_lab import InputError, RunConfig, flags, places, settings
+from qwen_lab import InputError, RunConfig, corpora, flags, places, settings
 from running import ROOT
 
 COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
@@ -139,6 +140,15 @@ SPELLED = [
 def test_flags_are_read(config: type, name: str, lines: list[str], expected: object):
     for line in lines:
         assert getattr(tyro.cli(config, args=line.split()), name) == expected, line
+
+
+def test_no_two_flags_are_taken_for_one(monkeypatch: pytest.MonkeyPatch):
+    """What the parser keeps of types and defaults it then always compares with what it would say anew."""
+    monkeypatch.setattr(random, "random", lambda: 0.0)
+    for command in COMMANDS:
+        flags.parse(config_of(command), None, ["--out", "x"])
+    assert corpora.Unsaid(3) != 3
+    assert {corpora.Unsaid(3): "a"}.get(3) is None
 
 
 def test_k_is_16_where_nobody_says_and_nothing_where_a_form_has_none():

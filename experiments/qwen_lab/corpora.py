@@ -18,7 +18,16 @@ Mode = Literal["generate", "forward"]
 
 
 class Unsaid(int):
-    """The number of a flag that was not given, where another number may be meant then."""
+    """The number of a flag that was not given, where another number may be meant then; no number that was equals it."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 CONTEXT = Unsaid(1024)
