@@ -144,8 +144,8 @@ class Qwen(eqx.Module):
 
     def logits(self, x: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
         """head(norm(x)), in float32."""
-        weight = self.embed.table if self.head is None else self.head.weight
-        return matmul(self.norm(x), weight)
+        normed = self.norm(x)
+        return matmul(normed, self.embed.table) if self.head is None else self.head(normed)
 
     def __call__(self, tokens: Int[Array, " seq"]) -> Float32[Array, "seq vocab"]:
         """Logits after every token; `jax.vmap` for a batch."""
