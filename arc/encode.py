@@ -327,7 +327,7 @@ def _parse(name: str, tokens: list[str], at: int) -> tuple[object, int]:
     token = tokens[at] if at < len(tokens) else ""
     if token.startswith("'") and len(token) > 1:
         return token[1:-1], at + 1
-    if token in _DIGITS:
+    if re.fullmatch("0|[1-9][0-9]?", token):
         return int(token), at + 1
     if token not in _KINDS:
         names = ", ".join(kind for kind in _KINDS if kind.islower())

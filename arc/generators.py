@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 
 from arc.errors import InputError
+from arc.families_cells import CELLS
 from arc.families_objects import OBJECTS
 from arc.families_whole import WHOLE
 from arc.family import AND_THEN, Family, composed
@@ -14,7 +15,7 @@ HELD_OUT_SEEDS = 1_000_000  # tasks of lower seeds are for measuring: whoever tr
 PROCEDURAL = "procedural"  # the name of these as a source of tasks
 SIDES = (3, 6)
 EACH = 40
-FAMILIES: dict[str, Family] = {family.name: family for family in (*WHOLE, *OBJECTS)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*WHOLE, *OBJECTS, *CELLS)}
 COMPOSITIONS = (
     "gravity+mirror",
     "extend_line+frame",

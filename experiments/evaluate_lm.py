@@ -9,6 +9,7 @@ if __name__ == "__main__":
     qwen_lab.stopping.install()  # before anything heavy is imported
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from rich.table import Table
 import arc
 import qwen_eqx
 from arc.generators import COMPOSITIONS, FAMILIES
-from qwen_lab import bounds, cli, exams, figures, files, flags, locks, provenance, wording
+from qwen_eqx.weights import hub
+from qwen_lab import bounds, cards, cli, exams, figures, files, flags, locks, provenance, wording
 from qwen_lab.bounds import Count, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.lm_settings import HELD_OUT_FAMILIES
@@ -40,8 +42,9 @@ class Config:
     """Smallest and largest side of the procedural grids."""
     tasks_per_family: Whole = 20
     """Held-out tasks of each family. 0 for none."""
-    held_out_families: flags.Words = HELD_OUT_FAMILIES
-    """Families that are never trained on, and measured apart."""
+    held_out_families: flags.Words = ()
+    """Families that are never trained on, and measured apart. Without it all that the model's training.json does not
+    name; of a model without one those that train_lm.py holds out."""
     compositions: bool = True
     """Measure tasks of two rules, one after the other, too."""
     data: flags.Paths = ()
@@ -68,10 +71,25 @@ def main(config: Config) -> None:
     asked = questions(config)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.float32)
     config = wording.filled(config, tokenizer)
+    stages = cards.stages_of(hub.locate(config.model, config.revision))
+    config = dataclasses.replace(config, held_out_families=never_trained_on(config, stages))
     with locks.claimed(config.out):
         files.expect_files(config.out, "metrics.json", "families.svg")
         provenance.record_run(config.out, config)
-        measure(config, model, tokenizer, asked)
+        measure(config, model, tokenizer, asked, cards.learned(stages, "data_sets") or ())
+
+
+def never_trained_on(config: Config, stages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The families that are measured apart: what the model says of its training comes before the flag's default."""
+    trained = cards.learned(stages, "families")
+    if trained is None:
+        return config.held_out_families or HELD_OUT_FAMILIES
+    for name in config.held_out_families:
+        if name in trained:
+            raise InputError(
+                f"--held-out-families: found {name!r}, which the model says it was trained on, expected others"
+            )
+    return tuple(name for name in FAMILIES if name not in trained)
 
 
 def questions(config: Config) -> list[tuple[str, arc.Task]]:
@@ -88,7 +106,11 @@ def questions(config: Config) -> list[tuple[str, arc.Task]]:
 
 
 def measure(
-    config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, asked: list[tuple[str, arc.Task]]
+    config: Config,
+    model: qwen_eqx.Qwen,
+    tokenizer: qwen_eqx.Tokenizer,
+    asked: list[tuple[str, arc.Task]],
+    trained_on: Sequence[str] = (),
 ) -> None:
     """Asks, marks, and writes what came out."""
     asking = exams.asking_of(model, tokenizer, config.encoder, config.prompt, config.max_new_tokens)
@@ -105,12 +127,15 @@ def measure(
         results["random weights"] = exams.rates(drawn, "greedy")
     results |= exams.without_a_model(asked)
     cut = sum(not mark.fits for mark in marks)
-    write(config, results, len(asked), cut)
+    write(config, results, (len(asked), cut), trained_on)
 
 
-def write(config: Config, results: dict[str, dict[str, float]], count: int, cut: int) -> None:
+def write(
+    config: Config, results: dict[str, dict[str, float]], counts: tuple[int, int], trained_on: Sequence[str]
+) -> None:
     """metrics.json, a picture, and a table with means of the families trained on and of those apart."""
     first = next(iter(results.values()))
+    count, cut = counts
     procedural = [name for name in first if name in FAMILIES]
     groups = {
         "mean of the trained families": [name for name in procedural if name not in config.held_out_families],
@@ -129,6 +154,7 @@ def write(config: Config, results: dict[str, dict[str, float]], count: int, cut:
     table = Table("exact answers", *results, box=figures.SIMPLE_HEAD)
     for name in order:
         apart = " (never trained on)" if name in config.held_out_families else ""
+        apart = " (trained on)" if name in trained_on else apart
         table.add_row(name + apart, *(f"{rates[name]:.0%}" for rates in results.values()))
     for label, values in means.items():
         table.add_row(label, *(f"{value:.1%}" for value in values.values()), style="bold")

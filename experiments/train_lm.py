@@ -1,6 +1,6 @@
 """Train a small Qwen to solve procedural ARC tasks in context, or fine-tune one that is there.
 
-Without flags: 26 families of tasks on grids of 3 to 6 a side, hours on a laptop; `--steps 300` shows the beginning.
+Without flags: 36 families of tasks on grids of 3 to 6 a side, hours on a laptop; `--steps 300` shows the beginning.
 `--init DIR --lora-rank 8` fine-tunes a model. Four families are never trained on and measured apart.
 """
 
@@ -29,6 +29,13 @@ def train(run: LMRun) -> None:
         f"{parameters:,} parameters, {len(set(run.course.families))} families, "
         f"{config.accumulate * config.batch_size} tasks a step"
     )
+    if config.tasks_share:
+        fitting, offered = len(run.teacher.fitting), run.teacher.offered
+        cli.console.print(
+            f"{config.tasks_share:.0%} of the documents from {config.tasks}: {fitting} of its {offered} test inputs fit "
+            f"{config.context_length} tokens",
+            markup=False,
+        )
     if run.step:
         cli.console.print(f"going on from step {run.step} of {config.steps}")
     with cli.bar(config.steps, "training", "steps") as advance:

@@ -12,7 +12,7 @@ COMPOSED = [
     *arc.ENCODERS,
     "separated(', ')", "code(separated(' '))", "code(repeated(2))", "shape(rows(repeated))", "symbols(rows(minimal))",
     "shape(rows(words))", "symbols(minimal, 'ABCDEFGHIJ')", "shape(json)", "code(rows(separated))", "padded(3)",
-    "rows(padded(4))", "shape(symbols(padded))",
+    "rows(padded(4))", "padded(12)", "shape(symbols(padded))",
 ]  # fmt: skip
 
 

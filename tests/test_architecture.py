@@ -29,7 +29,7 @@ ORDER = {
         "": [
             "errors", "files", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
             "vote", "submission", "score", "family", "cells", "properties", "families_whole", "families_objects",
-            "generators", "data", "canvas", "render",
+            "families_cells", "generators", "data", "canvas", "render",
         ],
     },
     "sae": {

@@ -13,6 +13,7 @@ import evaluate_lm
 import qwen_eqx
 from qwen_lab import answering, exactness, exams
 from qwen_lab.errors import InputError
+from qwen_lab.lm_settings import HELD_OUT_FAMILIES
 from running import run
 
 FAMILIES = ("mirror", "count")
@@ -105,6 +106,19 @@ def test_the_command_writes_means_apart(tmp_path: Path):
     assert set(found["families"]) == {"greedy", "2 votes", "copy", "constant"}
     assert {"arc-agi-1/training", "gravity+mirror", "sort+frame"} <= set(found["families"]["greedy"])
     assert (tmp_path / "families.svg").read_text().startswith("<?xml")
+
+
+def test_families_apart_are_those_that_no_stage_names():
+    """Of a model that does not say, or of which a stage was written by an earlier version, those of the flag."""
+    one, other = {"families": ["mirror", "frame"]}, {"families": ["frame", "stamp"]}
+    asked = evaluate_lm.Config()
+    assert evaluate_lm.never_trained_on(asked, []) == HELD_OUT_FAMILIES
+    assert evaluate_lm.never_trained_on(asked, [one, {}]) == HELD_OUT_FAMILIES
+    named = evaluate_lm.Config(held_out_families=("count",))
+    assert evaluate_lm.never_trained_on(named, []) == ("count",)
+    for config in (asked, named):
+        apart = evaluate_lm.never_trained_on(config, [one, other])
+        assert set(apart) == set(arc.generators.FAMILIES) - {"mirror", "frame", "stamp"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import arc
 import qwen_eqx
 import train_lm
 from qwen_eqx.training import Batch
-from qwen_lab import cards, exactness, lessons, lm_runs, stopping
+from qwen_lab import cards, exactness, files, lessons, lm_runs, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.lm_settings import LMConfig, course
 from running import run
@@ -140,6 +140,107 @@ def test_a_model_that_tells_its_stages_wrongly_is_refused(trained: Path, tmp_pat
             run(train_lm, small(tmp_path / "out", init=str(tmp_path / "model"), steps=1))
 
 
+# ---------------------------------------------------------------- tasks of a data set
+
+
+def data_set(path: Path, colour: int = 3) -> str:
+    """Two tasks: a small one with two answered test inputs and one without an answer, and one that fits no context."""
+
+    def grid(*numbers: int) -> list[list[int]]:
+        return [[numbers[0], 1, 2], [0, *numbers[1:]]]
+
+    def pair(*numbers: int) -> dict[str, Any]:
+        return {"input": grid(*numbers), "output": grid(*numbers)[::-1]}
+
+    small = {
+        "train": [pair(4, 4, 5), pair(6, colour, 5), pair(7, 8, 8)],
+        "test": [pair(1, 2, 3), {"input": grid(1, 1, 1)}, pair(3, 0, 4)],
+    }
+    wide = {"input": [[1] * 30] * 30, "output": [[2] * 30] * 30}
+    path.mkdir(exist_ok=True)
+    (path / "small.json").write_text(json.dumps(small))
+    (path / "wide.json").write_text(json.dumps({"train": [wide, wide], "test": [wide]}))
+    return str(path)
+
+
+def unaugmented(task: arc.Task, number_of_pairs: int) -> set[str]:
+    """A task under every symmetry and order of pairs, its colours in the order of their first appearance."""
+    found = set()
+    for symmetry in arc.augment.SYMMETRIES:
+        for order in itertools.permutations(range(number_of_pairs)):
+            view = arc.augment.Augmentation(symmetry, order=order).apply(task)
+            cells = np.concatenate([np.ravel(g) for p in (*view.train, *view.test) for g in (p.input, p.output)])
+            names = {0: 0} | {c: n for n, c in enumerate(dict.fromkeys(cells[cells > 0].tolist()), 1)}
+            shapes = [np.shape(p.input) for p in (*view.train, *view.test)]
+            found.add(f"{shapes} {[names[c] for c in cells.tolist()]}")
+    return found
+
+
+def test_a_share_of_the_documents_is_of_a_data_set_augmented_afresh(tmp_path: Path):
+    """The others are those of the same numbers without it."""
+    plain = course(SMALL)
+    both = dataclasses.replace(plain, tasks=data_set(tmp_path), tasks_share=0.5)
+    teacher = lessons.Teacher(both, TEACHER.tokenizer)
+    assert (len(teacher.fitting), teacher.offered) == (2, 3)
+    drawn = [(teacher.task(n), TEACHER.task(n)) for n in range(200)]
+    real = [task for task, other in drawn if task != other]
+    assert {task.id for task in real} == {"small"}
+    assert 75 < len(real) < 125
+    assert len({str(task.to_dict()) for task in real}) > 0.9 * len(real)
+    given = [unaugmented(task, 3) for task in teacher.fitting]
+    seen = [unaugmented(task, 3) for task in real[:20]]
+    assert all(any(one == known for known in given) for one in seen)
+    assert all(known in seen for known in given)
+    again = lessons.Teacher(both, TEACHER.tokenizer)
+    assert [again.task(n) for n in (7, 3)] == [drawn[n][0] for n in (7, 3)]
+
+
+def test_batches_with_a_data_set_depend_on_seed_and_step_alone(tmp_path: Path):
+    both = dataclasses.replace(course(SMALL), tasks=data_set(tmp_path), tasks_share=0.5)
+
+    def made(step: int, workers: int) -> list[bytes]:
+        calls = lessons.batches(both, step, 10, (1, 3), 2, workers)
+        return [np.asarray(rows).tobytes() for call in calls for rows in call.tokens]
+
+    whole = made(0, 0)
+    assert made(5, 1) == whole[5:]
+
+
+def test_a_run_on_a_data_set_says_so_and_resumes_on_the_same_tasks_alone(tmp_path: Path):
+    fields: dict[str, Any] = {"tasks": data_set(tmp_path / "data"), "tasks_share": 0.5}
+    said = run(train_lm, small(tmp_path / "run", **fields))
+    assert "50% of the documents from" in said
+    assert "2 of its 3 test inputs fit 260 tokens" in " ".join(said.split())
+    [stage] = json.loads((tmp_path / "run" / lm_runs.MODEL / cards.STAGES).read_text())["stages"]
+    assert (stage["families"], stage["data_sets"]) == (["mirror", "gravity", "scale"], [fields["tasks"]])
+    assert "--tasks-share 0.5" in stage["command"]
+    assert f"are of {fields['tasks']} instead" in (tmp_path / "run" / lm_runs.MODEL / cards.CARD).read_text()
+    assert "going on from step 8 of 8" in run(train_lm, small(tmp_path / "run", **fields))
+    data_set(tmp_path / "data", colour=9)
+    with pytest.raises(InputError, match="tasks_digest was 'sha256:"):
+        run(train_lm, small(tmp_path / "run", **fields))
+
+
+def test_a_data_set_of_which_nothing_fits_is_refused(tmp_path: Path):
+    data_set(tmp_path / "data")
+    (tmp_path / "data" / "small.json").unlink()
+    with pytest.raises(InputError, match="with 1 answered test inputs, none within 260 tokens"):
+        run(train_lm, small(tmp_path / "out", tasks=str(tmp_path / "data"), tasks_share=0.1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_that_did_not_know_a_flag_goes_on(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "copy")
+    note = tmp_path / "copy" / "checkpoints" / "00000008" / "state.json"
+    found = json.loads(note.read_text())
+    cursor = found["cursor"]
+    for name in ("tasks", "tasks_share"):
+        del cursor["config"][name]
+    cursor["digest"] = files.digest({name: cursor[name] for name in ("config", "history")})
+    note.write_text(json.dumps(found))
+    assert "going on from step 8 of 8" in run(train_lm, small(tmp_path / "copy"))
+
+
 # ---------------------------------------------------------------- lessons
 
 TEACHER = lessons.Teacher(course(SMALL))
@@ -244,6 +345,10 @@ def test_the_measure_is_what_greedy_generation_answers(trained: Path):
         ({"families": ("frame",)}, "found every family, expected some left to train on"),
         ({"turned": 1.5}, "--turned: found 1.5, expected 0 to 1"),
         ({"small": -1.0}, "--small: found -1.0, expected 0 to 1"),
+        ({"tasks_share": 1.0}, "--tasks-share: found 1.0, expected at least 0 and less than 1"),
+        ({"tasks_share": float("nan")}, "--tasks-share: found nan"),
+        ({"tasks_share": 0.1, "tasks": "procedural/3-4"}, "those tasks are for measuring"),
+        ({"tasks_share": 0.1, "tasks": "nowhere"}, "source nowhere: no such path"),
         ({"heads": 3}, "--heads: found 3, expected a divisor of d_model=16"),
         ({"context_length": 20}, "--context-length: found 20, expected room for a task"),
         ({"context_length": 40_000}, "--context-length: found 40000, expected at most the model's 32768"),

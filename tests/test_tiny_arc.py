@@ -16,7 +16,8 @@ import qwen_eqx
 import solve_arc
 from qwen_eqx.weights.hub import EMBEDDED
 from qwen_lab import cards, exactness, lessons, loading, wording
-from qwen_lab.lm_settings import LMConfig, course
+from qwen_lab.errors import InputError
+from qwen_lab.lm_settings import HELD_OUT_FAMILIES, LMConfig, course
 from qwen_lab.settings import RunConfig
 from running import run
 
@@ -40,11 +41,30 @@ def test_it_solves_what_its_card_says(model):
     claimed = float(re.search(r"(\d+\.\d)% in the\s+mean over the families trained on", CARD)[1]) / 100
     config = LMConfig()
     teacher = lessons.Teacher(course(config), model[1])
-    tasks = list(arc.generators.held_out(config.sides, course(config).families, config.eval_tasks))
+    tasks = list(arc.generators.held_out(config.sides, _of_the_card()[0], config.eval_tasks))
     found = float(np.mean(list(exactness.rates(exactness.exact(model[0], teacher, tasks)).values())))
     assert abs(found - claimed) < 0.03, f"found {found:.1%} of {len(tasks)} tasks"
     blank = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)[0]
     assert not any(exactness.rates(exactness.exact(blank, teacher, tasks)).values())
+
+
+def _of_the_card() -> tuple[list[str], list[str]]:
+    """The families of its table: trained on, and never trained on."""
+    return re.findall(r"^\| (\w+) \| \d+% \|$", CARD, re.M), re.findall(r"^\| (\w+), never trained on \|", CARD, re.M)
+
+
+def test_it_claims_the_families_that_it_was_trained_on_and_no_others():
+    stages = cards.stages_of(DIRECTORY)
+    trained, (listed, apart) = cards.learned(stages, "families"), _of_the_card()
+    assert trained is not None
+    assert set(HELD_OUT_FAMILIES) == set(apart)
+    assert len(listed) >= 26
+    assert set(listed) <= set(trained)
+    measured_apart = evaluate_lm.never_trained_on(evaluate_lm.Config(), stages)
+    assert set(measured_apart) == set(arc.generators.FAMILIES) - set(trained)
+    assert set(apart) <= set(measured_apart)
+    with pytest.raises(InputError, match="found 'mirror', which the model says it was trained on"):
+        evaluate_lm.never_trained_on(evaluate_lm.Config(held_out_families=("mirror",)), stages)
 
 
 def test_its_directory_says_how_it_reads_puzzles(model):

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 
 from qwen_eqx.weights import hub
-from qwen_lab import files, provenance
+from qwen_lab import files, lessons, provenance
 from qwen_lab.errors import InputError
 from qwen_lab.lm_settings import LMConfig, settled
 from sae.files import read_json, typed
 
 CARD, STAGES = "README.md", "training.json"
 _FIELDS = {"command": str, "steps": int, "tasks": int, "seconds": int, "machine": str, "versions": dict}
+_LISTS = ("families", "data_sets")  # earlier versions did not write them
 
 
 def write(
@@ -32,9 +33,12 @@ def write(
 
 def stages_before(config: LMConfig) -> list[dict[str, Any]]:
     """The stages of the model that training went on from, as its directory tells them."""
-    if config.init is None:
-        return []
-    path = hub.locate(config.init) / STAGES
+    return [] if config.init is None else stages_of(hub.locate(config.init))
+
+
+def stages_of(directory: Path) -> list[dict[str, Any]]:
+    """The stages that a model directory tells; none where it tells nothing."""
+    path = directory / STAGES
     if not path.exists():
         return []
     stages = typed(path, read_json(path), "stages", list)
@@ -42,7 +46,17 @@ def stages_before(config: LMConfig) -> list[dict[str, Any]]:
         if not isinstance(stage, dict) or any(not isinstance(stage.get(name), kind) for name, kind in _FIELDS.items()):
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in _FIELDS.items())
             raise InputError(f"{path}: stages[{number}]: found {stage!r:.80}, expected {expected}")
+        for name in _LISTS:
+            if not all(isinstance(each, str) for each in typed(path, stage, name, list, [])):
+                raise InputError(f"{path}: stages[{number}]: {name}: found {stage[name]!r:.80}, expected names")
     return stages
+
+
+def learned(stages: Sequence[Mapping[str, Any]], what: str) -> tuple[str, ...] | None:
+    """The "families" or "data_sets" of all stages; None where one does not say, as those of earlier versions."""
+    if not stages or any(what not in stage for stage in stages):
+        return None
+    return tuple(dict.fromkeys(name for stage in stages for name in stage[what]))
 
 
 def _stage(config: LMConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -51,6 +65,7 @@ def _stage(config: LMConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, 
     flags = [
         f"--{name.replace('_', '-')} {_said(value)}" for name, value in settled(config).items() if value != usual[name]
     ]
+    families = lessons.families(config.families, config.held_out_families)
     return {
         "command": " ".join(["python experiments/train_lm.py", *flags]),
         "steps": steps,
@@ -58,6 +73,8 @@ def _stage(config: LMConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, 
         "seconds": round(sum(line["seconds"] for line in trained if "seconds" in line)),
         "machine": f"{device.platform}: {device.device_kind}",
         "versions": provenance.versions(),
+        "families": list(dict.fromkeys(families)),
+        "data_sets": [config.tasks] if config.tasks_share else [],
     }
 
 
@@ -70,6 +87,8 @@ def _text(
 ) -> str:
     weights = (directory / "model.safetensors").read_bytes()
     measured = next((line for line in reversed(history) if "families" in line), None)
+    real = dict.fromkeys(name for stage in stages for name in stage.get("data_sets", []))
+    beside = f"; as many as --tasks-share says are of {', '.join(real)} instead, and come again" if real else ""
     sides = f"{config.sides[0]} to {config.sides[1]}"
     lines = [
         "# A small Qwen that solves made-up puzzles",
@@ -81,7 +100,7 @@ def _text(
         "|---|---|",
         f"| prompt | format `{config.prompt}`, encoder `{config.encoder}`, in the chat template of this directory |",
         f"| data | {sum(stage['tasks'] for stage in stages):,} tasks, each seen once, of the families below; colours "
-        f"permuted, {config.turned:.0%} turned or mirrored |",
+        f"permuted, {config.turned:.0%} turned or mirrored{beside} |",
         f"| loss | next tokens of {'all outputs' if config.learn == 'outputs' else config.learn} |",
     ]
     for number, stage in enumerate(stages, 1):
@@ -93,7 +112,7 @@ def _text(
         "",
     ]
     if measured is not None:
-        lines += _results(config, measured)
+        lines += _results(config, measured, stages)
     lines += [
         "## What it cannot do",
         "",
@@ -109,19 +128,26 @@ def _said(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _results(config: LMConfig, measured: Mapping[str, Any]) -> list[str]:
+def _results(config: LMConfig, measured: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Exact answers on held-out tasks, the families in order of success."""
+    trained = {name for stage in stages for name in stage.get("families", [])}
+    apart = {name for name in config.held_out_families if name not in trained}  # an earlier stage may have had it
     order = sorted(measured["families"].items(), key=lambda item: -item[1])
+    seen = _mean([rate for family, rate in order if family not in apart])
+    unseen = _mean([rate for family, rate in order if family in apart])
     lines = [
         "## Exact answers on held-out tasks",
         "",
-        f"Greedy, {config.eval_tasks} tasks of each family, after step {measured['step']:,}: {measured['seen']:.1%} in the",
-        f"mean over the families trained on, {measured['unseen'] or 0:.1%} over those never trained on.",
+        f"Greedy, {config.eval_tasks} tasks of each family, after step {measured['step']:,}: {seen:.1%} in the",
+        f"mean over the families trained on, {unseen:.1%} over those never trained on.",
         "",
         "| family | exact |",
         "|---|---|",
     ]
     for family, rate in order:
-        apart = ", never trained on" if family in config.held_out_families else ""
-        lines.append(f"| {family}{apart} | {rate:.0%} |")
+        lines.append(f"| {family}{', never trained on' if family in apart else ''} | {rate:.0%} |")
     return [*lines, ""]
+
+
+def _mean(rates: Sequence[float]) -> float:
+    return sum(rates) / len(rates) if rates else 0.0

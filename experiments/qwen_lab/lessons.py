@@ -45,6 +45,10 @@ class Course:
     """Share of the tasks that are turned or mirrored; the colours of all are permuted."""
     small: float
     """Share of the tasks whose largest side is drawn anew from the sides, so that small grids are frequent."""
+    tasks: str
+    """Data set that some documents are drawn from, with whole tasks that fit the context."""
+    tasks_share: float
+    """Share of the documents that are; 0 reads no data set."""
     learn: Literal["answer", "outputs", "all"]
     """Which tokens weigh in the loss: the test's output, all outputs, or everything."""
 
@@ -68,16 +72,44 @@ class Teacher:
             self.tokenizer, budget=course.context, encoder=course.encoder, format=course.format
         )
         self.asking = dataclasses.replace(self.asking, count=None, budget=None)
+        offered = asked(course.tasks) if course.tasks_share else []
+        self.offered = len(offered)
+        self.fitting = [task for task in offered if self._fits(task)]
+        """Those of the data set that are drawn, each with one test input."""
+        if course.tasks_share and not self.fitting:
+            raise InputError(
+                f"--tasks: found {course.tasks} with {self.offered} answered test inputs, none within "
+                f"{course.context} tokens, expected some or a longer --context-length"
+            )
+
+    def _fits(self, task: arc.Task) -> bool:
+        """However it is turned: rows and columns need not be of one length."""
+        views = (arc.augment.Augmentation(name).apply(task) for name in ("identity", "transpose"))
+        return all(len(self.write(view).tokens) <= self.course.context for view in views)
 
     def task(self, number: int, attempt: int = 0) -> arc.Task:
         """Task `number` of the course, with its colours permuted and perhaps turned."""
         rng = np.random.default_rng([self.course.seed, number, attempt])
+        if self._from_data(number):
+            task = self.fitting[rng.integers(len(self.fitting))]
+            return self._augmented(task, rng, pairs=len(task.train))
         family = self.course.families[rng.integers(len(self.course.families))]
         seed, (low, high) = int(rng.integers(HELD_OUT_SEEDS, 2**62)), self.course.sides
         if rng.random() < self.course.small:
             high = int(rng.integers(min(low + 1, high), high + 1))
         task = arc.generators.make_task(family, seed, sides=(low, high))
-        return arc.augment.sample(rng, symmetries=bool(rng.random() < self.course.turned)).apply(task)
+        return self._augmented(task, rng)
+
+    def _from_data(self, number: int) -> bool:
+        if not self.course.tasks_share:
+            return False
+        # no attempt has this number: what does not fit is drawn anew from where it came from
+        rng = np.random.default_rng([self.course.seed, number, TRIES])
+        return bool(rng.random() < self.course.tasks_share)
+
+    def _augmented(self, task: arc.Task, rng: np.random.Generator, pairs: int = 0) -> arc.Task:
+        """Colours permuted, perhaps turned, and the order of that many training pairs drawn."""
+        return arc.augment.sample(rng, pairs=pairs, symmetries=bool(rng.random() < self.course.turned)).apply(task)
 
     def lesson(self, number: int) -> Lesson:
         """Document `number` of the course."""
@@ -138,6 +170,14 @@ class Teacher:
         order = np.random.default_rng([self.course.seed, number]).permutation(WINDOW)
         flat = [self.padded(lessons[place * each : (place + 1) * each]) for place in order]
         return [Batch(*(leaf.reshape(*size, -1) for leaf in (b.tokens, b.weights, b.answer))) for b in flat]
+
+
+def asked(source: str) -> list[arc.Task]:
+    """The tasks of a data set to learn from, one for each test input with a known answer."""
+    if arc.generators.sides_of(source) is not None:
+        raise InputError(f"--tasks: found {source}, expected another data set: those tasks are for measuring")
+    tasks = arc.load_tasks(source)
+    return [dataclasses.replace(task, test=(pair,)) for task in tasks for pair in task.test if pair.output is not None]
 
 
 def batches(

@@ -31,6 +31,9 @@ class LMRun:
             raise InputError(f"--context-length: found {config.context_length}, expected at most the model's {most}")
         self.teacher = lessons.Teacher(self.course, self.tokenizer)
         self.teacher.lesson(0)  # whether any fits the context
+        self.settled = settled(config) | {"families": list(self.course.families)}  # those meant where none is named
+        if config.tasks_share:
+            self.settled["tasks_digest"] = files.digest([task.to_dict() for task in self.teacher.fitting])
         self.before = cards.stages_before(config)
         self.state = training.init(self.model, train_config(config))
         self.step, self.tokens = 0, 0
@@ -136,7 +139,7 @@ class LMRun:
         self.log.add(line)
 
     def _save(self) -> None:
-        cursor = {"config": settled(self.config), "history": self.history}
+        cursor = {"config": self.settled, "history": self.history}
         checkpoint.save(self.directory, self.step, self.state, cursor | {"digest": files.digest(cursor)}, keep=2)
 
     def _check_same(self, cursor: dict[str, Any]) -> None:
@@ -144,7 +147,8 @@ class LMRun:
         if cursor.get("digest") != files.digest(said):
             where = self.directory / f"{self.step:08d}" / "state.json"
             raise InputError(f"{where}: cursor: found other values than were saved, expected those; delete it")
-        old, new = cursor["config"], settled(self.config)
+        old = settled(LMConfig()) | cursor["config"]  # an earlier version did not know every flag
+        new = self.settled
         changed = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]
         if changed:
             where = f"--out {self.config.out}: found the checkpoints of another run"

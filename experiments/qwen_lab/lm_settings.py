@@ -51,6 +51,11 @@ class LMConfig:
     """Share of the tasks that are turned or mirrored."""
     small: float = 0.5
     """Share of the tasks whose largest side is drawn anew from the sides, so that small grids are frequent."""
+    tasks: str = "arc-agi-1/training"
+    """Data set (arc-agi-1|2/training|evaluation, procedural), directory of {id}.json, Kaggle challenges file, or JSONL.
+    Not procedural, whose tasks measure; read where `--tasks-share` is above 0."""
+    tasks_share: float = 0.0
+    """Share of the documents that are tasks of that data set, as far as they fit the context, augmented at each draw."""
     learn: Literal["answer", "outputs", "all"] = "outputs"
     """Tokens that weigh in the loss: the test's output, all outputs, or everything."""
     context_length: Count = 360
@@ -104,6 +109,8 @@ def check(config: LMConfig) -> None:
     for name in ("turned", "small"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name}: found {getattr(config, name)}, expected 0 to 1")
+    if not 0 <= config.tasks_share < 1:
+        raise InputError(f"--tasks-share: found {config.tasks_share}, expected at least 0 and less than 1")
     train_config(config)
 
 
@@ -135,6 +142,8 @@ def course(config: LMConfig) -> lessons.Course:
         seed=config.seed,
         turned=config.turned,
         small=config.small,
+        tasks=config.tasks,
+        tasks_share=config.tasks_share,
         learn=config.learn,
     )
 
