@@ -42,22 +42,34 @@ def test_they_are_of_the_embedded_model_s_weights_and_small():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES[::5])
-def test_one_is_as_good_as_its_card_says(name: str):
-    """On a few of the tasks that it held out, with their right answers."""
-    loaded = sae.load_with_metadata(name)
-    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
-    one = loading.OnModel().dictionary(name, loaded, model.config)
-    told = loaded.metadata
-    ids = set(told["held_out_tasks"][:12])
+@pytest.fixture(scope="module")
+def activations() -> list[dict[str, np.ndarray]]:
+    """At all their sites, of a few of the tasks that were held out, with their right answers."""
+    told = sae.load_with_metadata(NAMES[0]).metadata
+    ids = set(told["held_out_tasks"][:5])
     tasks = [task for task in arc.load_tasks(told["tasks"]) if task.id in ids]
+    model, tokenizer = qwen_eqx.from_pretrained("tiny-arc")
     wording = {"encoder": told["encoder"], "format": told["prompt"]}
     documents = qwen_lab.documents(tasks, tokenizer, max_tokens=500, **wording)
+    sites = list(dict.fromkeys(site for name in NAMES for site in sites_of(name)))
+    return [qwen_eqx.captured(model, document.tokens, sites) for document in documents]
+
+
+def sites_of(name: str) -> list[str]:
+    return name.partition("/")[2].split("-to-")
+
+
+@pytest.mark.parametrize("name", NAMES[::5])
+def test_one_is_as_good_as_its_card_says(name: str, activations: list[dict[str, np.ndarray]]):
+    loaded = sae.load_with_metadata(name)
+    config = qwen_eqx.QwenConfig.from_file(hub.EMBEDDED / "tiny-arc" / "config.json")
+    one = loading.OnModel().dictionary(name, loaded, config)
+    told = loaded.metadata
+    assert told["held_out_tasks"] == sae.load_with_metadata(NAMES[0]).metadata["held_out_tasks"]
     kind = [each for each in NAMES if ("-to-" in each) == one.place.transcodes]
-    sites = list(dict.fromkeys(site for each in kind for site in each.partition("/")[2].split("-to-")))
+    sites = list(dict.fromkeys(site for each in kind for site in sites_of(each)))
     xs, ys = [], []
-    for document in documents:
-        acts = qwen_eqx.captured(model, document.tokens, sites)
+    for acts in activations:
         # a run of several sites leaves out what is a sink at any of them
         kept = np.asarray(sources.wanted(sources.Group.of(jnp.stack([acts[site] for site in sites], axis=1)), 10.0))
         xs.append(one.read(acts)[kept])
