@@ -4,10 +4,11 @@ Axes of a mesh are ("data", "model"): rows of a batch are dealt to `data`, heads
 partitioner does the rest (arXiv 2105.04663), so nothing here is part of a model.
 """
 
+import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -32,6 +33,7 @@ FULLY_SHARDED: dict[str, str] = {**TENSOR, "d_model": "data"}  # for training: w
 
 AnyMesh = Mesh | AbstractMesh
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 _LOG = logging.getLogger("qwen_eqx")  # warnings reach stderr unless somebody listens
 
 
@@ -169,3 +171,69 @@ def check_fits(model: Any, mesh: Mesh, free_bytes: int | None, over: Mapping[str
         if (less := bytes_per_device(model, AbstractMesh((1, size), AXES), over)) <= free_bytes:
             raise InputError(f"mesh: {found}; expected model={size}, with {less / 1e6:,.1f} MB a device")
     raise InputError(f"mesh: {found}; expected a smaller model or larger devices: no mesh splits it so far")
+
+
+def share(config: Any, mesh: Mesh | None) -> Any:
+    """The config of what one device holds of keys and values: its heads, where the mesh divides them."""
+    size = 1 if mesh is None else mesh.shape["model"]
+    if config.heads % size or config.kv_heads % size:
+        return config
+    return dataclasses.replace(config, heads=config.heads // size, kv_heads=config.kv_heads // size)
+
+
+def rows_share(rows: int, mesh: Mesh | None) -> int:
+    """The most rows of so many that one device holds."""
+    return rows if mesh is None else -(-rows // mesh.shape["data"])
+
+
+def rows_lacking(rows: int, mesh: Mesh | None, each: int = 1) -> int:
+    """How many more rows, each made `each` times, until every device has as many."""
+    if mesh is None:
+        return 0
+    whole = mesh.shape["data"] // math.gcd(mesh.shape["data"], each)
+    return -rows % whole
+
+
+def _rows_spec(rows: int, mesh: Mesh, axis: int = 0) -> PartitionSpec:
+    """Rows over data; where it does not divide them every device has all."""
+    return PartitionSpec(*[None] * axis, "data") if rows % mesh.shape["data"] == 0 else PartitionSpec()
+
+
+def place_rows(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Arrays whose first axis are rows, dealt to the devices."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, _rows_spec(leaf.shape[0], mesh))), tree)
+
+
+def place_whole(tree: Tree, mesh: Mesh | None) -> Tree:
+    """A tree whose arrays every device has whole."""
+    if mesh is None:
+        return tree
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def keep_rows(tree: Tree, mesh: Mesh | None, *, axis: int = 0, split: int | None = None) -> Tree:
+    """Inside a compiled function: rows along `axis` stay dealt, and what follows rows, of `split` heads or words, split."""
+    if mesh is None:
+        return tree
+
+    def kept(leaf: Any) -> Any:
+        if leaf.ndim <= axis:
+            return leaf
+        spec = list(_rows_spec(leaf.shape[axis], mesh, axis))
+        if split is not None and leaf.ndim > 1 and split % mesh.shape["model"] == 0:
+            spec = [*(spec or [None]), "model"]
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(kept, tree)
+
+
+def by_rows(call: Callable[..., Result], mesh: Mesh | None, *rows: Any) -> Result:
+    """call(*rows), every device on its own rows: for what the partitioner would gather all rows for, such as a top_k."""
+    if mesh is None:
+        return call(*rows)
+    spec = _rows_spec(jax.tree.leaves(rows)[0].shape[0], mesh)
+    # no check: loops in samplers mix what is the same on all devices with what is not
+    return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*rows)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
-from qwen_eqx import shown
+from qwen_eqx import sharding, shown
 from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.options import Options, by_keyword
@@ -112,8 +112,9 @@ class _Slots:
 
     def __init__(self, model: Qwen, generator: Generator, options: ScheduleOptions):
         self.model, self.generator, self.options = model, generator, options
-        self.taken: list[tuple[_Arrival, PromptState] | None] = [None] * options.slots
-        self.state = _vacant(model, generator, options.slots)
+        slots = options.slots + sharding.rows_lacking(options.slots, generator.settings.mesh)
+        self.taken: list[tuple[_Arrival, PromptState] | None] = [None] * slots
+        self.state = _vacant(model, generator, slots)
         self.read: tuple[int, PromptState] | None = None  # the last prompt read: its samples share it
 
     def run(self, waiting: Iterator[_Arrival]) -> Iterator[Completion]:
@@ -180,6 +181,7 @@ class _Slots:
         )
 
 
+@eqx.filter_jit
 def _vacant(model: Qwen, generator: Generator, slots: int) -> GenerationState:
     settings = generator.settings
     cache = KVCache.init(model.config, batch=slots, kv_seq=settings.kv_seq, dtype=settings.cache_dtype)
@@ -224,7 +226,7 @@ def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
     def put(rows: Array, part: Array) -> Array:
         return rows.at[slot].set(part[0])
 
-    return GenerationState(
+    admitted = GenerationState(
         cache=cache,
         token=put(state.token, one.token),
         tokens=place(state.tokens, one.tokens),
@@ -239,6 +241,7 @@ def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
         prompt_length=put(state.prompt_length, one.prompt_length),
         keys=put(state.keys, one.keys),
     )
+    return generator.dealt(admitted)
 
 
 class _Program(NamedTuple):

@@ -233,6 +233,18 @@ def resolve_edits(
     return tuple(resolved)
 
 
+def for_more_rows(edits: Sequence[AbstractEdit], more: int) -> tuple[AbstractEdit, ...]:
+    """The edits for a batch with so many rows appended, which get what its first row gets."""
+
+    def filled(edit: AbstractEdit) -> AbstractEdit:
+        fields = {name: getattr(edit, name) for name, rows in edit.rows.items() if rows is not None}
+        return dataclasses.replace(
+            edit, **{name: value[np.r_[0 : len(value), [0] * more]] for name, value in fields.items()}
+        )
+
+    return tuple(map(filled, edits))
+
+
 def check_positions(edits: Sequence[AbstractEdit], lengths: Int[np.ndarray, " batch"]) -> None:
     """Raises `InputError` for a position that a row does not have; positions that are traced are not looked at."""
     for number, edit in enumerate(edits):
