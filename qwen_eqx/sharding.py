@@ -237,3 +237,16 @@ def by_rows(call: Callable[..., Result], mesh: Mesh | None, *rows: Any) -> Resul
     spec = _rows_spec(jax.tree.leaves(rows)[0].shape[0], mesh)
     # no check: loops in samplers mix what is the same on all devices with what is not
     return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*rows)
+
+
+def of_holder(tree: Tree, row: int, mesh: Mesh | None, *, axis: int = 0) -> tuple[Tree, int]:
+    """Of arrays with rows along `axis`: the part on the device that holds this row, and the row's place in it."""
+    if mesh is None:
+        return tree, row
+    each = jax.tree.leaves(tree)[0].shape[axis] // mesh.shape["data"]
+
+    def held(leaf: jax.Array) -> jax.Array:
+        begins = ((part.index[axis].start or 0, part.data) for part in leaf.addressable_shards)
+        return next(data for begin, data in begins if begin == row // each * each)
+
+    return jax.tree.map(held, tree), row % each

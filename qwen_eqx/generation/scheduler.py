@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from qwen_eqx import sharding, shown
 from qwen_eqx.errors import InputError, positive
+from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.options import Options, by_keyword
 from qwen_eqx.generation.prompts import prompt_rows, prompt_width
@@ -166,7 +167,7 @@ class _Slots:
                 yield taken[0].number, self._leave(slot, *taken)
 
     def _leave(self, slot: int, arrival: _Arrival, prompt: PromptState) -> Completion:
-        row = _harvest(self.state, jnp.asarray(slot, jnp.int32))
+        row = self._harvested(slot)
         self.taken[slot] = None
         length = int(row.length)
         return Completion(
@@ -179,6 +180,16 @@ class _Slots:
             row.activations,
             None if prompt.activations is None else prompt.activations[:, 0],
         )
+
+    def _harvested(self, slot: int) -> "_Row":
+        """A slot's sequence, on the device that generated it."""
+        mesh, state = self.generator.settings.mesh, self.state
+        columns = _Columns(state.tokens, state.log_probs, state.first, state.length)
+        held, place = sharding.of_holder(columns, slot, mesh)
+        buffer = state.buffer
+        if buffer is not None:
+            buffer, _ = sharding.of_holder(buffer, slot, mesh, axis=1)
+        return _harvest(held, buffer, np.int32(place))
 
 
 @eqx.filter_jit
@@ -269,13 +280,22 @@ class _Row(NamedTuple):
     length: Int[Array, ""]
 
 
+class _Columns(NamedTuple):
+    """Of a `GenerationState` what is harvested beside activations."""
+
+    tokens: Int[Array, "batch new"]
+    log_probs: Float32[Array, "batch new"]
+    first: Int[Array, " batch"]
+    length: Int[Array, " batch"]
+
+
 @jax.jit
-def _harvest(state: GenerationState, slot: Int[Array, ""]) -> _Row:
-    back = -state.first[slot]
-    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), state.buffer)
+def _harvest(columns: _Columns, buffer: ActivationBuffer | None, slot: Int[Array, ""]) -> _Row:
+    back = -columns.first[slot]
+    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), buffer)
     return _Row(
-        jnp.roll(state.tokens[slot], back),
-        jnp.roll(state.log_probs[slot], back),
+        jnp.roll(columns.tokens[slot], back),
+        jnp.roll(columns.log_probs[slot], back),
         None if buffer is None else buffer.values,
-        state.length[slot],
+        columns.length[slot],
     )
