@@ -34,6 +34,7 @@ FULLY_SHARDED: dict[str, str] = {**TENSOR, "d_model": "data"}  # for training: w
 AnyMesh = Mesh | AbstractMesh
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
+ROWS, SITES_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")
 _LOG = logging.getLogger("qwen_eqx")  # warnings reach stderr unless somebody listens
 
 
@@ -230,12 +231,38 @@ def keep_rows(tree: Tree, mesh: Mesh | None, *, axis: int = 0, split: int | None
     return jax.tree.map(kept, tree)
 
 
-def by_rows(call: Callable[..., Result], mesh: Mesh | None, *rows: Any) -> Result:
-    """call(*rows), every device on its own rows: for what the partitioner would gather all rows for, such as a top_k."""
+def deals(rows: int, mesh: Mesh | None) -> bool:
+    """Whether a mesh gives each of several groups of devices rows of its own."""
+    return mesh is not None and mesh.shape["data"] > 1 and rows % mesh.shape["data"] == 0
+
+
+def specs(tree: Any, rows: Sequence[Any] | None = None) -> Any:
+    """For `by_rows`: which arrays of a tree have rows along their first axis; all that have one if none are named."""
+
+    def spec(leaf: Any) -> PartitionSpec:
+        of_rows = leaf.ndim > 0 if rows is None else any(leaf is each for each in rows)
+        return PartitionSpec("data") if of_rows else PartitionSpec()
+
+    return jax.tree.map(spec, tree)
+
+
+def by_rows(call: Callable[..., Result], mesh: Mesh | None, given: Mapping[str, tuple[Any, Any]], made: Any) -> Result:
+    """call(**given), every device on its own rows; what is split over model stays the partitioner's.
+
+    Each argument comes with its specs, and `made` are those of the result. What is made of rows, a top_k too, for which the
+    partitioner would gather all of them, is what one device makes of these rows alone, bit for bit.
+    """
+    # no check: loops mix what is the same on all devices with what is not
+    how: dict[str, Any] = {"mesh": mesh, "axis_names": frozenset({"data"}), "check_vma": False}
+    values, specs = (dict(zip(given, part, strict=True)) for part in zip(*given.values(), strict=True))
+    return jax.shard_map(lambda values: call(**values), in_specs=(specs,), out_specs=made, **how)(values)
+
+
+def whole_rows(call: Callable[..., Result], mesh: Mesh | None, *rows: Any) -> Result:
+    """call(*rows), every device on whole rows of its own: what is split over model is gathered first."""
     if mesh is None:
         return call(*rows)
     spec = _rows_spec(jax.tree.leaves(rows)[0].shape[0], mesh)
-    # no check: loops in samplers mix what is the same on all devices with what is not
     return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*rows)
 
 

@@ -15,7 +15,7 @@ from qwen_eqx.generation.progress import report_now_and_then
 from qwen_eqx.generation.prompts import PromptBatch
 from qwen_eqx.generation.sample import AbstractSampler, needs_seen
 from qwen_eqx.model.cache import KVCache
-from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
+from qwen_eqx.model.edits import AbstractEdit, EditTap, for_each_row, resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.room import free_device_bytes
 from qwen_eqx.model.sites import Recorder
@@ -93,7 +93,7 @@ class Generator(eqx.Module):
         seen = None
         if needs_seen(self.sampler):
             mark = functools.partial(_mark, vocab=model.config.vocab)
-            seen = sharding.by_rows(mark, self.settings.mesh, tokens, lengths)
+            seen = sharding.whole_rows(mark, self.settings.mesh, tokens, lengths)
         return PromptState(end.cache, model.logits(end.x), end.last, seen, lengths, end.kept)
 
     def begin(self, model: Qwen, prompt: PromptState, keys: Key[Array, " batch"]) -> GenerationState:
@@ -174,7 +174,7 @@ class Generator(eqx.Module):
         # said twice, split and then whole: or else the weights of the head are gathered, and not the logits
         logits = sharding.keep_rows(logits, mesh, split=logits.shape[1])
         drawn_by = (state.keys, state.column - state.first, state.seen)
-        token, log_prob, seen = sharding.by_rows(self._chosen, mesh, logits, *drawn_by)
+        token, log_prob, seen = sharding.whole_rows(self._chosen, mesh, logits, *drawn_by)
         at = state.column % self.settings.new
         tokens = _write_column(state.tokens, token, live, at)
         buffer = state.buffer
@@ -248,7 +248,28 @@ class Generator(eqx.Module):
         fresh: bool = False,
     ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
         """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
-        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
+        mesh, read = self.settings.mesh, functools.partial(self._forward_rows, fresh=fresh)
+        rows = {"tokens": tokens, "cache": cache, "prompt_length": prompt_length}
+        if not sharding.deals(tokens.shape[0], mesh):
+            return read(self.edits, model, **rows)
+        edits, by_row = for_each_row(self.edits, tokens.shape[0])
+        arrays, static = eqx.partition(edits, eqx.is_array)
+        given = {name: (value, sharding.specs(value)) for name, value in rows.items()}
+        given |= {"arrays": (arrays, sharding.specs(arrays, by_row)), "model": (model, sharding.specs(model, []))}
+        made = sharding.ROWS, given["cache"][1], sharding.SITES_ROWS
+        return sharding.by_rows(lambda arrays, **rest: read(eqx.combine(arrays, static), **rest), mesh, given, made)
+
+    def _forward_rows(
+        self,
+        edits: tuple[AbstractEdit, ...],
+        model: Qwen,
+        tokens: Int[Array, "rows seq"],
+        cache: KVCache,
+        prompt_length: Int[Array, " rows"],
+        *,
+        fresh: bool,
+    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
+        edit = EditTap(edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from qwen_eqx import sharding
@@ -56,7 +57,7 @@ def score(
     for at in range(0, len(rests), batch_size):
         batch = rests[at : at + batch_size]
         tokens = pad_right([*batch, *[[]] * (batch_size - len(batch))], seq, 0)
-        log_probs = np.asarray(_score(model, past, sharding.place_rows(jnp.asarray(tokens), mesh)))
+        log_probs = np.asarray(_score(model, past, sharding.place_rows(jnp.asarray(tokens), mesh), mesh))
         for row, rest in enumerate(batch):
             length = len(answers[at + row])
             results.append(log_probs[row, len(rest) - length - 1 : len(rest) - 1])
@@ -95,8 +96,17 @@ def _prefix_cache(model: Qwen, tokens: Int[Array, "1 prompt"], start: Int[Array,
 
 
 @eqx.filter_jit
-def _score(model: Qwen, prefix: KVCache | None, tokens: Int[Array, "batch seq"]) -> Float32[Array, "batch seq-1"]:
+def _score(
+    model: Qwen, prefix: KVCache | None, tokens: Int[Array, "batch seq"], mesh: Mesh | None
+) -> Float32[Array, "batch seq-1"]:
     """The log-probability of each token after the first, given those before it."""
+    if not sharding.deals(tokens.shape[0], mesh):
+        return _score_rows(model, prefix, tokens)
+    given = {name: (whole, sharding.specs(whole, [])) for name, whole in (("model", model), ("prefix", prefix))}
+    return sharding.by_rows(_score_rows, mesh, given | {"tokens": (tokens, sharding.ROWS)}, sharding.ROWS)
+
+
+def _score_rows(model: Qwen, prefix: KVCache | None, tokens: Int[Array, "batch seq"]) -> Float32[Array, "batch seq-1"]:
     batch, seq = tokens.shape
     if prefix is None:
         x, _ = model.forward(tokens, jnp.zeros(batch, jnp.int32))
