@@ -223,7 +223,7 @@ def _captured(
     else:
         every = read(model, edits, jnp.asarray(tokens), lengths)
     table, values = every
-    real = (jnp.arange(width) < lengths[:, None])[:, :, None]
+    real = (jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None])[:, :, None]
 
     def kept(value: Float[Array, "batch width size"]) -> Float[Array, "batch width size"]:
         # the pads of a single row are cut off anyway
