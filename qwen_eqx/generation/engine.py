@@ -1,5 +1,6 @@
 """The compiled pieces of generation: read prompts, take a step, loop until all rows are done."""
 
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -7,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from qwen_eqx import sharding
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.options import Options, Settings
 from qwen_eqx.generation.progress import report_now_and_then
 from qwen_eqx.generation.prompts import PromptBatch
 from qwen_eqx.generation.sample import AbstractSampler, needs_seen
 from qwen_eqx.model.cache import KVCache
-from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
+from qwen_eqx.model.edits import AbstractEdit, EditTap, for_each_row, resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.room import free_device_bytes
 from qwen_eqx.model.sites import Recorder
@@ -74,8 +76,9 @@ class Generator(eqx.Module):
         """The options, checked against the model and against the memory that so many prompts of this width need."""
         settings = options.settings(model, width)
         plan = settings.memory_plan(model.config, prompts=prompts, width=width, samples=samples)
-        plan.check_fits(free_device_bytes())
-        return cls(options.sampler, resolve_edits(options.edits, model.config, rows=prompts), settings)
+        plan.check_fits(free_device_bytes(settings.mesh and settings.mesh.local_devices))
+        edits = resolve_edits(options.edits, model.config, rows=prompts)
+        return cls(*sharding.place_whole((options.sampler, edits), settings.mesh), settings)
 
     def prefill(
         self, model: Qwen, batch: PromptBatch
@@ -87,7 +90,10 @@ class Generator(eqx.Module):
     def read(self, model: Qwen, tokens: Int[Array, "prompts prompt"], lengths: Int[Array, " prompts"]) -> PromptState:
         """Reads left-padded prompts."""
         end = self._read(model, tokens, lengths)
-        seen = _mark(tokens, lengths, model.config.vocab) if needs_seen(self.sampler) else None
+        seen = None
+        if needs_seen(self.sampler):
+            mark = functools.partial(_mark, vocab=model.config.vocab)
+            seen = sharding.whole_rows(mark, self.settings.mesh, tokens, lengths)
         return PromptState(end.cache, model.logits(end.x), end.last, seen, lengths, end.kept)
 
     def begin(self, model: Qwen, prompt: PromptState, keys: Key[Array, " batch"]) -> GenerationState:
@@ -119,7 +125,7 @@ class Generator(eqx.Module):
                 d_model=model.config.d_model,
                 dtype=self.settings.capture_dtype,
             )
-        return GenerationState(
+        state = GenerationState(
             cache=cache,
             token=jnp.zeros(batch, jnp.int32),
             tokens=jnp.full((batch, new), self.settings.pad_token, jnp.int32),
@@ -134,6 +140,7 @@ class Generator(eqx.Module):
             prompt_length=prompt_length,
             keys=keys,
         )
+        return self.dealt(state)
 
     def step(self, model: Qwen, state: GenerationState) -> GenerationState:
         """Reads each row's last token and chooses its next one; rows that are done keep what they have."""
@@ -163,20 +170,18 @@ class Generator(eqx.Module):
     ) -> GenerationState:
         """Chooses a token per row and writes it, its log-probability and its activations into the next column."""
         live = ~state.done
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.column - state.first)
-        token = self.sampler(logits, keys, state.seen)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        mesh = self.settings.mesh
+        # said twice, split and then whole: or else the weights of the head are gathered, and not the logits
+        logits = sharding.keep_rows(logits, mesh, split=logits.shape[1])
+        drawn_by = (state.keys, state.column - state.first, state.seen)
+        token, log_prob, seen = sharding.whole_rows(self._chosen, mesh, logits, *drawn_by)
         at = state.column % self.settings.new
         tokens = _write_column(state.tokens, token, live, at)
         buffer = state.buffer
         if buffer is not None and produced_by is not None:
             buffer = buffer.write(produced_by, live, at)
         length = state.length + live.astype(jnp.int32)
-        seen = state.seen
-        if seen is not None:
-            seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-        return GenerationState(
+        state = GenerationState(
             cache=state.cache,
             token=jnp.where(live, token, state.token),
             tokens=tokens,
@@ -191,6 +196,31 @@ class Generator(eqx.Module):
             prompt_length=state.prompt_length,
             keys=state.keys,
         )
+        return self.dealt(state)
+
+    def _chosen(
+        self,
+        logits: Float32[Array, "batch vocab"],
+        keys: Key[Array, " batch"],
+        number: Int[Array, " batch"],
+        seen: Bool[Array, "batch vocab"] | None,
+    ) -> tuple[Int[Array, " batch"], Float32[Array, " batch"], Bool[Array, "batch vocab"] | None]:
+        """Each row's token, its log-probability, and the tokens seen with it."""
+        token = self.sampler(logits, jax.vmap(jax.random.fold_in)(keys, number), seen)
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        if seen is not None:
+            seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+        return token, chosen - jax.nn.logsumexp(logits, axis=-1), seen
+
+    def dealt(self, state: GenerationState) -> GenerationState:
+        """The state, on a mesh with its rows over data and the cache's heads over model, wherever it was made."""
+        mesh, heads = self.settings.mesh, state.cache.layers[0].keys.shape[1]
+        if mesh is None:
+            return state
+        kept = {name: sharding.keep_rows(field, mesh) for name, field in vars(state).items()}
+        kept["cache"] = sharding.keep_rows(state.cache, mesh, split=heads)
+        kept["buffer"] = sharding.keep_rows(state.buffer, mesh, axis=1)
+        return GenerationState(**kept)
 
     def _stops(
         self,
@@ -218,7 +248,28 @@ class Generator(eqx.Module):
         fresh: bool = False,
     ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
         """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
-        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
+        mesh, read = self.settings.mesh, functools.partial(self._forward_rows, fresh=fresh)
+        rows = {"tokens": tokens, "cache": cache, "prompt_length": prompt_length}
+        if not sharding.deals(tokens.shape[0], mesh):
+            return read(self.edits, model, **rows)
+        edits, by_row = for_each_row(self.edits, tokens.shape[0])
+        arrays, static = eqx.partition(edits, eqx.is_array)
+        given = {name: (value, sharding.specs(value)) for name, value in rows.items()}
+        given |= {"arrays": (arrays, sharding.specs(arrays, by_row)), "model": (model, sharding.specs(model, []))}
+        made = sharding.ROWS, given["cache"][1], sharding.SITES_ROWS
+        return sharding.by_rows(lambda arrays, **rest: read(eqx.combine(arrays, static), **rest), mesh, given, made)
+
+    def _forward_rows(
+        self,
+        edits: tuple[AbstractEdit, ...],
+        model: Qwen,
+        tokens: Int[Array, "rows seq"],
+        cache: KVCache,
+        prompt_length: Int[Array, " rows"],
+        *,
+        fresh: bool,
+    ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
+        edit = EditTap(edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:

@@ -4,11 +4,12 @@ import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from qwen_eqx import shown
+from qwen_eqx import sharding, shown
 from qwen_eqx.errors import InputError
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.engine import Generator
@@ -17,7 +18,7 @@ from qwen_eqx.generation.progress import Asked, check_progress, report, watching
 from qwen_eqx.generation.prompts import PromptBatch, Prompts, prompt_rows, prompt_width
 from qwen_eqx.generation.sample import row_keys
 from qwen_eqx.model.config import QwenConfig
-from qwen_eqx.model.edits import check_positions
+from qwen_eqx.model.edits import check_positions, for_more_rows
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.text.ids import pad_left
 
@@ -64,10 +65,15 @@ def generate(model: Qwen, prompts: Prompts, options: GenerateOptions) -> Generat
     exceed free memory.
     """
     generator, batch = _prepared(model, prompts, options)
-    if not batch.tokens.shape[0]:
-        return _nothing(model.config, generator.settings, batch.tokens.shape[1])
+    asked, width = batch.tokens.shape
+    if not asked:
+        return _nothing(model.config, generator.settings, width)
+    generator, batch = _filled(generator, batch)
+    batch = sharding.place_rows(batch, generator.settings.mesh)
     with watching(options.progress, rows=batch.keys.shape[0], max_steps=options.max_new_tokens) as watcher:
         out = _generate(model, generator, batch, watcher)
+    if len(batch.lengths) > asked:
+        out = _cut(out, prompts=asked, rows=asked * options.samples)
     activations = None if out.buffer is None else out.buffer.values
     return Generation(out.tokens, out.lengths, out.log_probs, activations, out.prompt_activations)
 
@@ -99,7 +105,8 @@ def prepare(model: Qwen, prompts: Prompts, options: Options) -> tuple[Generator,
 
     `state, _ = generator.prefill(model, batch)`, then `state = eqx.filter_jit(generator.step)(model, state)`.
     """
-    return _prepared(model, prompts, options)
+    generator, batch = _prepared(model, prompts, options)
+    return generator, sharding.place_rows(batch, generator.settings.mesh)
 
 
 def _prepared(model: Qwen, prompts: Prompts, options: Options) -> tuple[Generator, PromptBatch]:
@@ -119,6 +126,26 @@ def _prepared(model: Qwen, prompts: Prompts, options: Options) -> tuple[Generato
         lengths=jnp.asarray([len(row) for row in rows], jnp.int32),
         keys=row_keys(options.key, np.repeat(numbers, options.samples), samples),
     )
+
+
+def _filled(generator: Generator, batch: PromptBatch) -> tuple[Generator, PromptBatch]:
+    """As many rows for every device: copies of the first prompt, which end when it does, and are dropped."""
+    prompts, rows = len(batch.lengths), batch.keys.shape[0]
+    samples = rows // prompts
+    more = sharding.rows_lacking(prompts, generator.settings.mesh, samples)
+    if not more:
+        return generator, batch
+    of_prompts = np.r_[0:prompts, [0] * more]
+    of_rows = np.r_[0:rows, np.tile(np.arange(samples), more)]
+    filled = PromptBatch(batch.tokens[of_prompts], batch.lengths[of_prompts], batch.keys[of_rows])
+    return dataclasses.replace(generator, edits=for_more_rows(generator.edits, more)), filled
+
+
+def _cut(out: _Outputs, *, prompts: int, rows: int) -> _Outputs:
+    """Without the rows that were filled up."""
+    buffer = jax.tree.map(lambda stored: stored[:, :rows], out.buffer)
+    prompt_activations = jax.tree.map(lambda kept: kept[:, :prompts], out.prompt_activations)
+    return _Outputs(out.tokens[:rows], out.lengths[:rows], out.log_probs[:rows], buffer, prompt_activations)
 
 
 def _nothing(config: QwenConfig, settings: Settings, width: int) -> Generation:

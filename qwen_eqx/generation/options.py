@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from qwen_eqx import sharding
 from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.memory import MemoryPlan
 from qwen_eqx.generation.prompts import PREFILL_CHUNK
@@ -40,13 +42,15 @@ class Settings:
     capture_dtype: str = "bfloat16"
     prefill_chunk: int = 1 << 30  # prompts wider than this are read in pieces of it
     stride: int = 1  # steps between two looks at whether all rows are done
+    mesh: Mesh | None = None  # that the model's weights lie on
 
     def memory_plan(self, config: QwenConfig, *, prompts: int, width: int, samples: int = 1) -> MemoryPlan:
-        """The bytes that a generation of this shape allocates beside the weights."""
-        rows = prompts * samples
+        """The bytes that a generation of this shape allocates on a device beside the weights."""
+        rows = sharding.rows_share(prompts * samples, self.mesh)
+        prompts = sharding.rows_share(prompts, self.mesh)
         positions = rows * self.new * self.keep_generated + prompts * width * self.keep_prompt
         return MemoryPlan.of(
-            config,
+            sharding.share(config, self.mesh),
             batch=rows,
             kv_seq=self.kv_seq,
             cache_dtype=self.cache_dtype,
@@ -112,6 +116,7 @@ class Options:
             capture_dtype=jnp.dtype(model.dtype if capture is None or capture.dtype is None else capture.dtype).name,
             prefill_chunk=self.prefill_chunk,
             stride=-(-steps // -(-steps // _STRIDE)),  # near _STRIDE, overshooting max_new_tokens the least
+            mesh=sharding.mesh_of(model),
         )
 
     def number(self, place: int) -> int:

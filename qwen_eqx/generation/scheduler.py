@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
-from qwen_eqx import shown
+from qwen_eqx import sharding, shown
 from qwen_eqx.errors import InputError, positive
+from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.options import Options, by_keyword
 from qwen_eqx.generation.prompts import prompt_rows, prompt_width
@@ -112,8 +113,9 @@ class _Slots:
 
     def __init__(self, model: Qwen, generator: Generator, options: ScheduleOptions):
         self.model, self.generator, self.options = model, generator, options
-        self.taken: list[tuple[_Arrival, PromptState] | None] = [None] * options.slots
-        self.state = _vacant(model, generator, options.slots)
+        slots = options.slots + sharding.rows_lacking(options.slots, generator.settings.mesh)
+        self.taken: list[tuple[_Arrival, PromptState] | None] = [None] * slots
+        self.state = _vacant(model, generator, slots)
         self.read: tuple[int, PromptState] | None = None  # the last prompt read: its samples share it
 
     def run(self, waiting: Iterator[_Arrival]) -> Iterator[Completion]:
@@ -165,7 +167,7 @@ class _Slots:
                 yield taken[0].number, self._leave(slot, *taken)
 
     def _leave(self, slot: int, arrival: _Arrival, prompt: PromptState) -> Completion:
-        row = _harvest(self.state, jnp.asarray(slot, jnp.int32))
+        row = self._harvested(slot)
         self.taken[slot] = None
         length = int(row.length)
         return Completion(
@@ -179,7 +181,18 @@ class _Slots:
             None if prompt.activations is None else prompt.activations[:, 0],
         )
 
+    def _harvested(self, slot: int) -> "_Row":
+        """A slot's sequence, on the device that generated it."""
+        mesh, state = self.generator.settings.mesh, self.state
+        columns = _Columns(state.tokens, state.log_probs, state.first, state.length)
+        held, place = sharding.of_holder(columns, slot, mesh)
+        buffer = state.buffer
+        if buffer is not None:
+            buffer, _ = sharding.of_holder(buffer, slot, mesh, axis=1)
+        return _harvest(held, buffer, np.int32(place))
 
+
+@eqx.filter_jit
 def _vacant(model: Qwen, generator: Generator, slots: int) -> GenerationState:
     settings = generator.settings
     cache = KVCache.init(model.config, batch=slots, kv_seq=settings.kv_seq, dtype=settings.cache_dtype)
@@ -224,7 +237,7 @@ def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
     def put(rows: Array, part: Array) -> Array:
         return rows.at[slot].set(part[0])
 
-    return GenerationState(
+    admitted = GenerationState(
         cache=cache,
         token=put(state.token, one.token),
         tokens=place(state.tokens, one.tokens),
@@ -239,6 +252,7 @@ def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
         prompt_length=put(state.prompt_length, one.prompt_length),
         keys=put(state.keys, one.keys),
     )
+    return generator.dealt(admitted)
 
 
 class _Program(NamedTuple):
@@ -266,13 +280,22 @@ class _Row(NamedTuple):
     length: Int[Array, ""]
 
 
+class _Columns(NamedTuple):
+    """Of a `GenerationState` what is harvested beside activations."""
+
+    tokens: Int[Array, "batch new"]
+    log_probs: Float32[Array, "batch new"]
+    first: Int[Array, " batch"]
+    length: Int[Array, " batch"]
+
+
 @jax.jit
-def _harvest(state: GenerationState, slot: Int[Array, ""]) -> _Row:
-    back = -state.first[slot]
-    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), state.buffer)
+def _harvest(columns: _Columns, buffer: ActivationBuffer | None, slot: Int[Array, ""]) -> _Row:
+    back = -columns.first[slot]
+    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), buffer)
     return _Row(
-        jnp.roll(state.tokens[slot], back),
-        jnp.roll(state.log_probs[slot], back),
+        jnp.roll(columns.tokens[slot], back),
+        jnp.roll(columns.log_probs[slot], back),
         None if buffer is None else buffer.values,
-        state.length[slot],
+        columns.length[slot],
     )

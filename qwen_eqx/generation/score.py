@@ -6,8 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
+from qwen_eqx import sharding
 from qwen_eqx.errors import InputError, positive
 from qwen_eqx.generation.memory import MemoryPlan
 from qwen_eqx.generation.prompts import PREFILL_CHUNK, prompt_rows, prompt_width
@@ -41,14 +43,21 @@ def score(
     shared = _shared_prefix([row + answer for row, answer in zip(asked, answers, strict=True)], asked)
     rests = [row[shared:] + answer for row, answer in zip(asked, answers, strict=True)]
     seq = bucket(max(map(len, rests), default=1))
-    plan = MemoryPlan.of(model.config, batch=batch_size, kv_seq=shared + seq, cache_dtype=model.dtype)
-    plan.check_fits(free_device_bytes(), lower="batch_size")
+    mesh = sharding.mesh_of(model)
+    batch_size += sharding.rows_lacking(batch_size, mesh)
+    plan = MemoryPlan.of(
+        sharding.share(model.config, mesh),
+        batch=sharding.rows_share(batch_size, mesh),
+        kv_seq=shared + seq,
+        cache_dtype=model.dtype,
+    )
+    plan.check_fits(free_device_bytes(mesh and mesh.local_devices), lower="batch_size")
     past = _read_prefix(model, asked[0][:shared]) if shared else None
     results = []
     for at in range(0, len(rests), batch_size):
         batch = rests[at : at + batch_size]
         tokens = pad_right([*batch, *[[]] * (batch_size - len(batch))], seq, 0)
-        log_probs = np.asarray(_score(model, past, jnp.asarray(tokens)))
+        log_probs = np.asarray(_score(model, past, sharding.place_rows(jnp.asarray(tokens), mesh), mesh))
         for row, rest in enumerate(batch):
             length = len(answers[at + row])
             results.append(log_probs[row, len(rest) - length - 1 : len(rest) - 1])
@@ -87,8 +96,17 @@ def _prefix_cache(model: Qwen, tokens: Int[Array, "1 prompt"], start: Int[Array,
 
 
 @eqx.filter_jit
-def _score(model: Qwen, prefix: KVCache | None, tokens: Int[Array, "batch seq"]) -> Float32[Array, "batch seq-1"]:
+def _score(
+    model: Qwen, prefix: KVCache | None, tokens: Int[Array, "batch seq"], mesh: Mesh | None
+) -> Float32[Array, "batch seq-1"]:
     """The log-probability of each token after the first, given those before it."""
+    if not sharding.deals(tokens.shape[0], mesh):
+        return _score_rows(model, prefix, tokens)
+    given = {name: (whole, sharding.specs(whole, [])) for name, whole in (("model", model), ("prefix", prefix))}
+    return sharding.by_rows(_score_rows, mesh, given | {"tokens": (tokens, sharding.ROWS)}, sharding.ROWS)
+
+
+def _score_rows(model: Qwen, prefix: KVCache | None, tokens: Int[Array, "batch seq"]) -> Float32[Array, "batch seq-1"]:
     batch, seq = tokens.shape
     if prefix is None:
         x, _ = model.forward(tokens, jnp.zeros(batch, jnp.int32))

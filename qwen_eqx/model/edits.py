@@ -233,6 +233,29 @@ def resolve_edits(
     return tuple(resolved)
 
 
+def for_more_rows(edits: Sequence[AbstractEdit], more: int) -> tuple[AbstractEdit, ...]:
+    """The edits for a batch with so many rows appended, which get what its first row gets."""
+
+    def filled(edit: AbstractEdit) -> AbstractEdit:
+        fields = {name: getattr(edit, name) for name, rows in edit.rows.items() if rows is not None}
+        return dataclasses.replace(
+            edit, **{name: value[np.r_[0 : len(value), [0] * more]] for name, value in fields.items()}
+        )
+
+    return tuple(map(filled, edits))
+
+
+def for_each_row(edits: Sequence[AbstractEdit], batch: int) -> tuple[tuple[AbstractEdit, ...], list[Array]]:
+    """The edits with values for each row of a batch where they differ by row, and the arrays of these values."""
+    made, values = [], []
+    for edit in edits:
+        by_row = {name: jnp.asarray(getattr(edit, name)) for name, rows in edit.rows.items() if rows is not None}
+        by_row = {name: jnp.repeat(value, batch // value.shape[0], axis=0) for name, value in by_row.items()}
+        made.append(dataclasses.replace(edit, **by_row))
+        values += [getattr(made[-1], name) for name in by_row]
+    return tuple(made), values
+
+
 def check_positions(edits: Sequence[AbstractEdit], lengths: Int[np.ndarray, " batch"]) -> None:
     """Raises `InputError` for a position that a row does not have; positions that are traced are not looked at."""
     for number, edit in enumerate(edits):

@@ -1,5 +1,6 @@
 """The decoder: embed, blocks, final norm, head. One forward pass serves plain calls, prefill and decoding."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
+from qwen_eqx import sharding
 from qwen_eqx.errors import InputError
 from qwen_eqx.model.attention import Attention, Seen
 from qwen_eqx.model.cache import KVCache, LayerCache, visible
 from qwen_eqx.model.config import QwenConfig
-from qwen_eqx.model.edits import AbstractEdit, EditTap, check_positions, resolve_edits
+from qwen_eqx.model.edits import AbstractEdit, EditTap, check_positions, for_each_row, for_more_rows, resolve_edits
 from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, rounded
 from qwen_eqx.model.room import check_room, free_device_bytes
 from qwen_eqx.model.rope import Rotation
@@ -175,21 +178,26 @@ class Qwen(eqx.Module):
         check_positions(resolved, rows.lengths)
         wanted = tuple(dict.fromkeys(names.values()))
         if not isinstance(rows.tokens, Tracer):  # a shape that is only asked about takes no memory
-            _check_room(self.config, rows, wanted, logits, self.dtype.itemsize)
-        table, values = _captured(self, resolved, rows.tokens, jnp.asarray(rows.lengths), wanted, logits)
+            _check_room(self, rows, wanted, logits)
+        mesh = sharding.mesh_of(self)
+        more = 0 if rows.single else sharding.rows_lacking(len(rows.lengths), mesh)
+        resolved = for_more_rows(resolved, more) if more else resolved
+        tokens, lengths = sharding.place_rows(rows.longer(more), mesh)
+        table, values = _captured(self, resolved, tokens, lengths, wanted, logits, mesh)
         if table is not None:
-            table = rows.cut(table) if logits == "all" else table[0] if rows.single else table
+            table = rows.cut(table) if logits == "all" else rows.without(table)
         acts = {site: rows.cut(value) for site, value in values.items()}
         return table, {name: acts[site] for name, site in names.items()}
 
 
-def _check_room(config: QwenConfig, rows: Rows, sites: tuple[Site, ...], logits: str | None, itemsize: int) -> None:
-    batch, width = rows.tokens.shape
+def _check_room(model: Qwen, rows: Rows, sites: tuple[Site, ...], logits: str | None) -> None:
+    config, itemsize, mesh = model.config, model.dtype.itemsize, sharding.mesh_of(model)
+    batch, width = sharding.rows_share(rows.tokens.shape[0], mesh), rows.tokens.shape[1]
     logit_bytes = 4 * batch * config.vocab * {"all": width, "last": 1, None: 0}[logits]
     act_bytes = batch * width * itemsize * sum(site.width(config) for site in sites)
     what = f"logits, {logit_bytes / 1e6:,.1f} MB, and activations, {act_bytes / 1e6:,.1f} MB,"
     lower = "the number of rows, tokens or sites" + (", or ask for logits='last'" if logits == "all" else "")
-    check_room(what, logit_bytes + act_bytes, free_device_bytes(), lower)
+    check_room(what, logit_bytes + act_bytes, free_device_bytes(mesh and mesh.local_devices), lower)
 
 
 @eqx.filter_jit
@@ -200,17 +208,22 @@ def _captured(
     lengths: Int[Array, " batch"],
     sites: tuple[Site, ...],
     logits: str | None,
+    mesh: Mesh | None,
 ) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
     batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
-    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config.d_head))
-    x, _ = model.forward(jnp.asarray(tokens), jnp.zeros(batch, jnp.int32), tap=recorder)
-    table = None
-    if logits == "all":
-        table = model.logits(x)
-    elif logits == "last":
-        table = model.logits(x[jnp.arange(batch), lengths - 1])
-    real = (positions < lengths[:, None])[:, :, None]
+    read = functools.partial(_read, sites=sites, logits=logits)
+    if sharding.deals(batch, mesh):
+        edits, by_row = for_each_row(edits, batch)
+        arrays, static = eqx.partition(edits, eqx.is_array)
+        given = {"arrays": (arrays, sharding.specs(arrays, by_row)), "model": (model, sharding.specs(model, []))}
+        given |= {"tokens": (tokens, sharding.ROWS), "lengths": (lengths, sharding.ROWS)}
+        every = sharding.by_rows(
+            lambda arrays, **rest: read(edits=eqx.combine(arrays, static), **rest), mesh, given, sharding.ROWS
+        )
+    else:
+        every = read(model, edits, jnp.asarray(tokens), lengths)
+    table, values = every
+    real = (jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None])[:, :, None]
 
     def kept(value: Float[Array, "batch width size"]) -> Float[Array, "batch width size"]:
         # the pads of a single row are cut off anyway
@@ -218,4 +231,25 @@ def _captured(
 
     if table is not None and table.ndim == 3:
         table = kept(table)
-    return table, {site: kept(recorder.values[site]) for site in sites}
+    return table, {site: kept(value) for site, value in values.items()}
+
+
+def _read(
+    model: Qwen,
+    edits: tuple[AbstractEdit, ...],
+    tokens: Int[Array, "batch width"],
+    lengths: Int[Array, " batch"],
+    *,
+    sites: tuple[Site, ...],
+    logits: str | None,
+) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
+    batch, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
+    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config.d_head))
+    x, _ = model.forward(tokens, jnp.zeros(batch, jnp.int32), tap=recorder)
+    table = None
+    if logits == "all":
+        table = model.logits(x)
+    elif logits == "last":
+        table = model.logits(x[jnp.arange(batch), lengths - 1])
+    return table, {site: recorder.values[site] for site in sites}

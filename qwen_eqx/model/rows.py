@@ -58,9 +58,22 @@ class Rows:
             raise InputError("prompts: found no token, expected at least one")
         return cls(tokens, np.full(tokens.shape[0], tokens.shape[1], np.int32), single)
 
-    def cut(self, value: Shaped[Array, "batch width ..."]) -> Shaped[Array, "..."]:
-        """What was made of the rows without the columns that all of them lack; that of a single sequence alone."""
-        kept = (0 if self.single else slice(None), slice(int(self.lengths.max())))
+    def longer(self, more: int) -> tuple[Int[Array | np.ndarray, "rows width"], Int[Array, " rows"]]:
+        """Tokens and lengths, the first row appended so many times."""
+        if not more:
+            return self.tokens, jnp.asarray(self.lengths)
+        chosen = np.r_[0 : len(self.lengths), [0] * more]
+        return self.tokens[chosen], jnp.asarray(self.lengths[chosen])
+
+    def without(self, value: Shaped[Array, "rows ..."]) -> Shaped[Array, "..."]:
+        """What was made of the rows without those that were appended; that of a single sequence alone."""
+        if self.single:
+            return value[0]
+        return value if value.shape[0] == len(self.lengths) else value[: len(self.lengths)]
+
+    def cut(self, value: Shaped[Array, "rows width ..."]) -> Shaped[Array, "..."]:
+        """The same without the columns that all of them lack too."""
+        kept = (0 if self.single else slice(len(self.lengths)), slice(int(self.lengths.max())))
         if isinstance(value, Tracer) or value.committed or next(iter(value.devices())).platform != "cpu":
             return value[kept]
         # the same memory where it can be, and in no case a compilation for each new length
