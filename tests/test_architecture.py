@@ -37,7 +37,7 @@ ORDER = {
         "codes": ["select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
-            "crosscoder", "clamped",
+            "skip", "crosscoder", "clt", "clamped", "transcoders",
         ],
         "data": [
             "plan", "rows", "shards", "store", "writer", "shuffle", "prefetch", "statistics", "buffer", "synthetic",
@@ -45,6 +45,7 @@ ORDER = {
         "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
+            "circuit_tracer", "sets",
         ],
         "evaluation": ["metrics", "codes", "matching", "probing", "survey", "report"],
     },
