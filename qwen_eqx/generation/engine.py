@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from qwen_eqx import sharding
+from qwen_eqx.errors import InputError
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.options import Options, Settings
 from qwen_eqx.generation.progress import report_now_and_then
@@ -18,7 +19,7 @@ from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.edits import AbstractEdit, EditTap, for_each_row, resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.room import free_device_bytes
-from qwen_eqx.model.sites import Recorder
+from qwen_eqx.model.sites import FINAL_KINDS, Recorder, Site
 
 
 class GenerationState(eqx.Module):
@@ -78,6 +79,11 @@ class Generator(eqx.Module):
         plan = settings.memory_plan(model.config, prompts=prompts, width=width, samples=samples)
         plan.check_fits(free_device_bytes(settings.mesh and settings.mesh.local_devices))
         edits = resolve_edits(options.edits, model.config, rows=prompts)
+        for number, edit in enumerate(edits):
+            if isinstance(edit.site, Site) and edit.site.kind in FINAL_KINDS:
+                raise InputError(
+                    f"edits[{number}]: found site '{edit.site}', expected another; model.run_with_capture edits it"
+                )
         return cls(*sharding.place_whole((options.sampler, edits), settings.mesh), settings)
 
     def prefill(
@@ -269,7 +275,7 @@ class Generator(eqx.Module):
         *,
         fresh: bool,
     ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
-        edit = EditTap(edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
+        edit = EditTap(edits, cache.positions(tokens.shape[1]), prompt_length, model.config)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:

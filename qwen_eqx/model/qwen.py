@@ -1,5 +1,6 @@
 """The decoder: embed, blocks, final norm, head. One forward pass serves plain calls, prefill and decoding."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +24,24 @@ from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, ro
 from qwen_eqx.model.room import check_room, free_device_bytes
 from qwen_eqx.model.rope import Rotation
 from qwen_eqx.model.rows import Prompts, Rows
-from qwen_eqx.model.sites import Recorder, Site, Tap, untouched
+from qwen_eqx.model.sites import Activation, Recorder, Site, Tap, untouched
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """The tap of one block, or of the parts that no block holds: names the layer, rounds what the tap changes."""
+
+    layer: int
+    tap: Tap
+
+    def __call__(self, kind: str, value: Activation) -> Activation:
+        met = self.tap(Site(self.layer, kind), value)
+        return value if met is value else rounded(met, value.dtype)
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """The kinds that the tap wants here."""
+        return frozenset(site.kind for site in getattr(self.tap, "asks", ()) if site.layer == self.layer)
 
 
 class Block(eqx.Module):
@@ -56,15 +74,12 @@ class Block(eqx.Module):
         tap: Tap,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
         """The new residual stream, and the keys and values attended to: `past` with this chunk at `entry`, or its own."""
-        dtype = x.dtype
-
-        def at(kind: str, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-            return rounded(tap(Site(self.layer, kind), value), dtype)
-
+        dtype, at = x.dtype, At(self.layer, tap)
         x = at("resid_pre", rounded(x, dtype))
-        mixed, cache = self.attn(self.attn_norm(x), rotation, seen, past, entry, at)
+        mixed, cache = self.attn(self.attn_norm(x, at, "ln1"), rotation, seen, past, entry, at)
         x = at("resid_mid", rounded(x + at("attn_out", mixed), dtype))
-        x = at("resid_post", rounded(x + at("mlp_out", self.mlp(self.mlp_norm(x), at)), dtype))
+        normed = at("mlp_in", rounded(self.mlp_norm(x, at, "ln2"), dtype))
+        x = at("resid_post", rounded(x + at("mlp_out", self.mlp(normed, at)), dtype))
         return x, cache
 
 
@@ -118,7 +133,7 @@ class Qwen(eqx.Module):
         positions = length[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
         rotation = Rotation.at(positions, self.config.d_head, self.config.rope_theta)
         seen = jnp.maximum(-length, 0) if past is None else visible(positions, index, kv_seq)
-        x = self.embed(tokens)
+        x = At(0, tap)("embed", self.embed(tokens))
         layers = []
         for block in self.blocks:
             layer = None if past is None else past.layers[block.layer]
@@ -140,14 +155,21 @@ class Qwen(eqx.Module):
         def through(block: Block, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
             return block(x, rotation, None, None, 0, tap)[0]
 
-        x = self.embed(tokens)
+        x = At(0, tap)("embed", self.embed(tokens))
         for block in self.blocks:
             x = eqx.filter_checkpoint(through)(block, x) if remat else through(block, x)
         return x
 
-    def logits(self, x: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
-        """head(norm(x)), in float32."""
-        normed = self.norm(x)
+    def logits(self, x: Float[Array, "*batch d_model"], tap: Tap = untouched) -> Float32[Array, "*batch vocab"]:
+        """head(norm(x)), in float32; `tap` meets the final norm."""
+        return self.unembed(self.normed(x, tap))
+
+    def normed(self, x: Float[Array, "*batch d_model"], tap: Tap = untouched) -> Float[Array, "*batch d_model"]:
+        """The final norm alone, which `tap` meets."""
+        return self.norm(x, At(0, tap), "final")
+
+    def unembed(self, normed: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
+        """The head alone, tied or not."""
         return matmul(normed, self.embed.table) if self.head is None else self.head(normed)
 
     def __call__(self, tokens: Int[Array, " seq"]) -> Float32[Array, "seq vocab"]:
@@ -166,7 +188,8 @@ class Qwen(eqx.Module):
         """Logits and the activations at `sites` (after `edits`, if any), keyed as asked; all kinds, both spellings.
 
         `prompts` is one sequence of ids: logits [seq, vocab], activations [seq, width]. Or a batch, a list of sequences or
-        a matrix: [batch, seq, vocab] and [batch, seq, width], zeros right of each row's end. `logits` is "all", or "last"
+        a matrix: [batch, seq, vocab] and [batch, seq, width], zeros right of each row's end. A pattern is [heads, seq, seq]
+        and [batch, heads, seq, seq], a row for each query. `logits` is "all", or "last"
         for those of each row's last position alone, [batch, vocab], or None. Compiled once per bucket of lengths, batch
         size, sites and kinds of edits; inside another `jit`, `vmap` or `grad` it is part of that.
         """
@@ -186,7 +209,7 @@ class Qwen(eqx.Module):
         table, values = _captured(self, resolved, tokens, lengths, wanted, logits, mesh)
         if table is not None:
             table = rows.cut(table) if logits == "all" else rows.without(table)
-        acts = {site: rows.cut(value) for site, value in values.items()}
+        acts = {site: rows.cut(value, square=site.kind == "pattern") for site, value in values.items()}
         return table, {name: acts[site] for name, site in names.items()}
 
 
@@ -194,7 +217,8 @@ def _check_room(model: Qwen, rows: Rows, sites: tuple[Site, ...], logits: str | 
     config, itemsize, mesh = model.config, model.dtype.itemsize, sharding.mesh_of(model)
     batch, width = sharding.rows_share(rows.tokens.shape[0], mesh), rows.tokens.shape[1]
     logit_bytes = 4 * batch * config.vocab * {"all": width, "last": 1, None: 0}[logits]
-    act_bytes = batch * width * itemsize * sum(site.width(config) for site in sites)
+    values = sum(site.width(config) * (width if site.kind == "pattern" else 1) for site in sites)
+    act_bytes = batch * width * itemsize * values
     what = f"logits, {logit_bytes / 1e6:,.1f} MB, and activations, {act_bytes / 1e6:,.1f} MB,"
     lower = "the number of rows, tokens or sites" + (", or ask for logits='last'" if logits == "all" else "")
     check_room(what, logit_bytes + act_bytes, free_device_bytes(mesh and mesh.local_devices), lower)
@@ -209,7 +233,7 @@ def _captured(
     sites: tuple[Site, ...],
     logits: str | None,
     mesh: Mesh | None,
-) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
+) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch *shape"]]]:
     batch, width = tokens.shape
     read = functools.partial(_read, sites=sites, logits=logits)
     if sharding.deals(batch, mesh):
@@ -223,15 +247,16 @@ def _captured(
     else:
         every = read(model, edits, jnp.asarray(tokens), lengths)
     table, values = every
-    real = (jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None])[:, :, None]
+    real = jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
 
-    def kept(value: Float[Array, "batch width size"]) -> Float[Array, "batch width size"]:
+    def kept(value: Float[Array, "batch ..."], axis: int = 1) -> Float[Array, "batch ..."]:
         # the pads of a single row are cut off anyway
-        return value if batch == 1 else jnp.where(real, value, jnp.zeros((), value.dtype))
+        where = real.reshape(batch, *(width if place == axis else 1 for place in range(1, value.ndim)))
+        return value if batch == 1 else jnp.where(where, value, jnp.zeros((), value.dtype))
 
     if table is not None and table.ndim == 3:
         table = kept(table)
-    return table, {site: kept(value) for site, value in values.items()}
+    return table, {site: kept(value, 2 if site.kind == "pattern" else 1) for site, value in values.items()}
 
 
 def _read(
@@ -242,14 +267,14 @@ def _read(
     *,
     sites: tuple[Site, ...],
     logits: str | None,
-) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
+) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch *shape"]]]:
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
-    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config.d_head))
+    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config))
     x, _ = model.forward(tokens, jnp.zeros(batch, jnp.int32), tap=recorder)
-    table = None
+    normed, table = model.normed(x, recorder), None  # of all positions, whatever is asked of logits: a tap may want it
     if logits == "all":
-        table = model.logits(x)
+        table = model.unembed(normed)
     elif logits == "last":
-        table = model.logits(x[jnp.arange(batch), lengths - 1])
+        table = model.unembed(normed[jnp.arange(batch), lengths - 1])
     return table, {site: recorder.values[site] for site in sites}

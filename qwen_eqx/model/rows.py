@@ -71,9 +71,13 @@ class Rows:
             return value[0]
         return value if value.shape[0] == len(self.lengths) else value[: len(self.lengths)]
 
-    def cut(self, value: Shaped[Array, "rows width ..."]) -> Shaped[Array, "..."]:
-        """The same without the columns that all of them lack too."""
-        kept = (0 if self.single else slice(len(self.lengths)), slice(int(self.lengths.max())))
+    def cut(self, value: Shaped[Array, "rows ..."], *, square: bool = False) -> Shaped[Array, "..."]:
+        """The same without the columns that all of them lack too.
+
+        The columns are the second axis, or in a square the last two.
+        """
+        within = slice(int(self.lengths.max()))
+        kept = (0 if self.single else slice(len(self.lengths)), *((..., within, within) if square else (within,)))
         if isinstance(value, Tracer) or value.committed or next(iter(value.devices())).platform != "cpu":
             return value[kept]
         # the same memory where it can be, and in no case a compilation for each new length
