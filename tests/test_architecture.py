@@ -17,6 +17,7 @@ ORDER = {
         "text": ["chat", "ids", "tokenizer"],
         "model": [
             "config", "sites", "layers", "rope", "cache", "causal", "attention", "edits", "room", "rows", "qwen", "effect",
+            "frozen",
         ],
         "generation": [
             "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "scheduler", "score",
