@@ -24,6 +24,7 @@ from sae.formats.load import load as load
 from sae.formats.load import load_with_metadata as load_with_metadata
 from sae.formats.load import locate as locate
 from sae.formats.saelens import save as save
+from sae.formats.sets import load_transcoders as load_transcoders
 from sae.forms import FORMS as FORMS
 from sae.forms.abstract import AbstractDictionary as AbstractDictionary
 from sae.forms.abstract import AbstractSAE as AbstractSAE
@@ -36,6 +37,7 @@ from sae.forms.ksparse import AbstractKSparse as AbstractKSparse
 from sae.forms.matryoshka import Matryoshka as Matryoshka
 from sae.forms.relu import ReLU as ReLU
 from sae.forms.topk import TopK as TopK
+from sae.forms.transcoders import Transcoders as Transcoders
 from sae.training import NotFinite as NotFinite
 from sae.training import TrainConfig as TrainConfig
 from sae.training import TrainState as TrainState

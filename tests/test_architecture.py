@@ -38,7 +38,7 @@ ORDER = {
         "codes": ["select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
-            "crosscoder", "clamped",
+            "crosscoder", "clamped", "transcoders",
         ],
         "data": [
             "plan", "rows", "shards", "store", "writer", "shuffle", "prefetch", "statistics", "buffer", "synthetic",
@@ -46,6 +46,7 @@ ORDER = {
         "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
+            "sets",
         ],
         "evaluation": ["metrics", "codes", "matching", "probing", "survey", "report"],
     },
