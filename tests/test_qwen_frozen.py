@@ -116,54 +116,13 @@ def test_the_transpose_by_hand_is_autograds(shape: tuple[str, int, int]):
     np.testing.assert_allclose(at_embed, of_embed, **SAME_F32)
 
 
-def held_in_float64(model: Qwen):
-    """(embed, written) -> streams, in NumPy float64, head by head, patterns and scales those of the oracle's pass."""
-    config, (_, sites) = model.config, oracles.decoder(model, TOKENS)
-    group = config.heads // config.kv_heads
-
-    def array(leaf: jax.Array) -> np.ndarray:
-        return np.asarray(leaf).astype(np.float64)
-
-    def heads(x: np.ndarray, normed) -> list[np.ndarray]:
-        parts = np.split(x, x.shape[1] // config.d_head, axis=1)
-        if normed is not None:
-            parts = [oracles.rms_norm(part, array(normed.weight), config.norm_eps) for part in parts]
-        return [np.stack([oracles.rotate(row, p, config.rope_theta) for p, row in enumerate(part)]) for part in parts]
-
-    def pattern(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-        scores = np.where(np.tril(np.ones((SEQ, SEQ), bool)), q @ k.T / np.sqrt(config.d_head), -np.inf)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
-
-    scales, patterns = [], []
-    for n, block in enumerate(model.blocks):
-        scales.append(1 / np.sqrt((sites[n, "resid_pre"] ** 2).mean(axis=1) + config.norm_eps))
-        q, k = heads(sites[n, "q"], block.attn.q_norm), heads(sites[n, "k"], block.attn.k_norm)
-        patterns.append([pattern(q[h], k[h // group]) for h in range(config.heads)])
-
-    def streams(embed: np.ndarray, written: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        x, found = embed, []
-        for n, block in enumerate(model.blocks):
-            v = (x * scales[n][:, None] * array(block.attn_norm.weight)) @ array(block.attn.v.weight).T
-            v = v if block.attn.v.bias is None else v + array(block.attn.v.bias)
-            apart = np.split(v, config.kv_heads, axis=1)
-            z = np.concatenate([patterns[n][h] @ apart[h // group] for h in range(config.heads)], axis=1)
-            found.append(x + z @ array(block.attn.o.weight).T)
-            x = found[-1] + written[n]
-        return np.stack(found), x
-
-    embed = array(model.embed.table)[TOKENS]
-    written = np.stack([sites[n, "mlp_out"] for n in range(LAYERS)])
-    return streams, embed, written
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_transpose_is_what_finite_differences_say(shape: tuple[str, int, int]):
     """In float64, of one write at a time: at every block, every position, along a random direction."""
     model, held, _ = frozen(*shape)
     some, step = targets(2), 0.5  # the map is affine: any step will do
     at_mlps, at_embed, _ = pulled(held, some)
-    streams, embed, written = held_in_float64(model)
+    streams, embed, written = oracles.frozen_decoder(model, TOKENS)
     rng = np.random.default_rng(0)
     for layer in range(-1, LAYERS):
         for position in range(SEQ):
