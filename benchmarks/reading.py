@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import measure
 from qwen_eqx import Patch
-from qwen_eqx.model.sites import D_MODEL_KINDS
+from qwen_eqx.model.sites import D_MODEL_KINDS, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def main(config: Config) -> None:
     model = measure.random_model(shape, config.dtype)
     tokens = measure.random_prompts(shape, 1, config.prompt)[0].tolist()
     layers = range(min(config.layers, shape.layers))
-    sites = tuple(f"blocks.{layer}.hook_{kind}" for layer in layers for kind in D_MODEL_KINDS)
+    sites = tuple(str(Site(layer, kind)) for layer in layers for kind in D_MODEL_KINDS)
     compiled, array = eqx.filter_jit(model.run_with_capture), jnp.asarray(tokens)
     batch = [measure.random_prompts(shape, 1, config.patched_prompt)[0].tolist()] * config.runs
     values = jax.random.normal(jax.random.key(0), (config.runs, 1, shape.d_model))

@@ -27,14 +27,18 @@ def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag])
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One head, causal: [seq, d_head] each."""
-    z = np.zeros_like(v)
+def pattern(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """One head's attention weights, causal: [seq, d_head] each in, [seq, seq] out."""
+    weights = np.zeros((len(q), len(k)))
     for i in range(len(q)):
         scores = k[: i + 1] @ q[i] / np.sqrt(q.shape[1])
-        weights = np.exp(scores - scores.max())
-        z[i] = weights / weights.sum() @ v[: i + 1]
-    return z
+        weights[i, : i + 1] = np.exp(scores - scores.max())
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One head, causal: [seq, d_head] each."""
+    return pattern(q, k) @ v
 
 
 def decoder(
@@ -63,23 +67,34 @@ def decoder(
             parts = [rms_norm(part, array(norm.weight), config.norm_eps) for part in parts]
         return [np.stack([rotate(row, p, config.rope_theta) for p, row in enumerate(part)]) for part in parts]
 
-    x = array(model.embed.table)[list(tokens)]
+    def norm(layer: int, name: str, part, x: np.ndarray) -> np.ndarray:
+        scale = site(layer, f"{name}_scale", np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps))
+        return site(layer, f"{name}_normalized", x / scale) * array(part.weight)
+
+    def mixed(layer: int, block, z: np.ndarray) -> np.ndarray:
+        """What attention adds: the sum over heads of each one's result."""
+        weight = array(block.attn.o.weight).T.reshape(config.heads, config.d_head, -1)
+        each = np.einsum("shd,hdo->sho", z.reshape(len(z), config.heads, -1), weight)
+        return site(layer, "result", each.reshape(len(z), -1)).reshape(each.shape).sum(axis=1)
+
+    x = site(0, "embed", array(model.embed.table)[list(tokens)])
     for layer, block in enumerate(model.blocks):
         x = site(layer, "resid_pre", x)
-        normed = rms_norm(x, array(block.attn_norm.weight), config.norm_eps)
+        normed = norm(layer, "ln1", block.attn_norm, x)
         q = heads(site(layer, "q", linear(block.attn.q, normed)), block.attn.q_norm)
         k = heads(site(layer, "k", linear(block.attn.k, normed)), block.attn.k_norm)
         v = np.split(site(layer, "v", linear(block.attn.v, normed)), config.kv_heads, axis=1)
         group = config.heads // config.kv_heads
-        z = [attention(q[head], k[head // group], v[head // group]) for head in range(config.heads)]
-        x = x + site(layer, "attn_out", linear(block.attn.o, site(layer, "z", np.concatenate(z, axis=1))))
+        patterns = np.stack([pattern(q[head], k[head // group]) for head in range(config.heads)])
+        z = [each @ v[head // group] for head, each in enumerate(site(layer, "pattern", patterns))]
+        x = x + site(layer, "attn_out", mixed(layer, block, site(layer, "z", np.concatenate(z, axis=1))))
         x = site(layer, "resid_mid", x)
-        normed = rms_norm(x, array(block.mlp_norm.weight), config.norm_eps)
+        normed = site(layer, "mlp_in", norm(layer, "ln2", block.mlp_norm, x))
         hidden = silu(linear(block.mlp.gate, normed)) * linear(block.mlp.up, normed)
         x = x + site(layer, "mlp_out", linear(block.mlp.down, site(layer, "mlp_post", hidden)))
         x = site(layer, "resid_post", x)
     head = model.embed.table if config.tied else model.head.weight
-    return rms_norm(x, array(model.norm.weight), config.norm_eps) @ array(head).T, sites
+    return norm(0, "final", model.norm, x) @ array(head).T, sites
 
 
 def frozen_decoder(

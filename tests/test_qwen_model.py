@@ -14,7 +14,7 @@ import strategies
 import tiny
 import tolerances
 from qwen_eqx import PRESETS, InputError, Qwen, QwenConfig, Site
-from qwen_eqx.model.sites import KINDS
+from qwen_eqx.model.sites import KINDS, OUTER_SITES
 
 SHAPES = {
     "group 7": QwenConfig("qwen2", 31, 20, 2, 14, 2, 4, 28, 64, tied=True),
@@ -25,7 +25,11 @@ SHAPES = {
 
 
 def every_site(config: QwenConfig) -> list[Site]:
-    return [Site(layer, kind) for layer in range(config.layers) for kind in KINDS]
+    return [*OUTER_SITES, *(Site(layer, kind) for layer in range(config.layers) for kind in KINDS)]
+
+
+def shape(site: Site, config: QwenConfig, seq: int) -> tuple[int, ...]:
+    return (config.heads, seq, seq) if site.kind == "pattern" else (seq, site.width(config))
 
 
 def check_against_oracle(model: Qwen, tokens: list[int]):
@@ -38,7 +42,7 @@ def check_against_oracle(model: Qwen, tokens: list[int]):
     assert set(acts) == set(names)
     for site in every_site(model.config):
         found = acts[str(site)]
-        assert found.shape == (len(tokens), site.width(model.config))
+        assert found.shape == shape(site, model.config, len(tokens))
         np.testing.assert_allclose(found, places[site.layer, site.kind], err_msg=str(site), **tolerances.LOGITS_F32)
 
 
@@ -135,14 +139,14 @@ def test_published_sizes_build_in_no_memory(name: str):
 def test_a_published_size_runs_in_no_memory():
     config = PRESETS["Qwen2.5-0.5B"]
     model = eqx.filter_eval_shape(Qwen.init, config, key=jax.random.key(0))
-    sites = [Site(config.layers - 1, kind) for kind in KINDS]
+    sites = [*OUTER_SITES, *(Site(config.layers - 1, kind) for kind in KINDS)]
     logits, acts = eqx.filter_eval_shape(
         lambda m, tokens: m.run_with_capture(tokens, [str(site) for site in sites]),
         model,
         jax.ShapeDtypeStruct((5,), jnp.int32),
     )
     assert (logits.shape, logits.dtype) == ((5, config.vocab), jnp.float32)
-    assert {name: value.shape for name, value in acts.items()} == {str(site): (5, site.width(config)) for site in sites}
+    assert {name: value.shape for name, value in acts.items()} == {str(site): shape(site, config, 5) for site in sites}
 
 
 def test_random_weights_differ_and_start_as_transformers_starts_them():

@@ -1,5 +1,7 @@
 """Places are spelled two ways, and a wrong one is refused with those that exist."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
@@ -7,8 +9,8 @@ from hypothesis import strategies as st
 
 import strategies
 import tiny
-from qwen_eqx import Capture, InputError, QwenConfig, Site
-from qwen_eqx.model.sites import D_MODEL_KINDS, KINDS
+from qwen_eqx import Capture, InputError, Qwen, QwenConfig, Site
+from qwen_eqx.model.sites import D_MODEL_KINDS, FINAL_KINDS, KINDS, OUTER, OUTER_SITES, Recorder, Tap
 
 CONFIG = tiny.CONFIGS["qwen2"]
 
@@ -31,13 +33,42 @@ def test_the_contract_s_spellings():
     assert str(Site(0, "mlp_post")) == "blocks.0.mlp.hook_post"
 
 
+def traced(tap: Tap):
+    """A pass with this tap, without a calculation."""
+
+    def passed(model: Qwen, tokens: jax.Array) -> jax.Array:
+        x, _ = model.forward(tokens, jnp.zeros(1, jnp.int32), tap=tap)
+        return model.logits(x, tap)
+
+    eqx.filter_eval_shape(passed, tiny.model(), jnp.arange(3)[None])
+
+
 def test_sites_sort_as_the_model_computes_them():
     """And so do the kinds of one block, as listed: what a tap meets, in order."""
     met = []
-    tiny.model().forward(jnp.arange(3)[None], jnp.zeros(1, jnp.int32), tap=lambda site, x: met.append(site) or x)
-    assert met == [Site(layer, kind) for layer in range(CONFIG.layers) for kind in KINDS]
+    every = [Site(layer, kind) for layer in range(CONFIG.layers) for kind in KINDS]
+    tap = Recorder(every, lambda site, x: met.append(site) or x)
+    traced(tap)
+    assert met == [OUTER_SITES[0], *every, *OUTER_SITES[1:]]
     assert met == sorted(set(met)) == sorted(set(met), key=lambda site: site.depth)
     assert Site(0, "resid_post") < Site(1, "resid_pre") <= Site(1, "resid_pre") < Site(1, "attn_out")
+
+
+def test_what_is_dear_is_made_only_if_asked_for():
+    met = []
+    traced(lambda site, x: met.append(site.kind) or x)
+    assert {*KINDS, *OUTER} - set(met) == {"pattern", "result"}
+
+
+def test_the_spellings_of_what_no_block_holds():
+    for site, (name, module) in zip(OUTER_SITES, OUTER.values(), strict=True):
+        assert Site.parse(name, CONFIG) == Site.parse(module or name, CONFIG) == site
+        assert str(site) == name
+    assert Site.parse("blocks.1.mlp.hook_out", CONFIG) == Site(1, "mlp_out")  # circuit-tracer's name for it
+    assert Capture(sites=["hook_embed", "blocks.0.mlp.hook_in"]).resolve(CONFIG) == (OUTER_SITES[0], Site(0, "mlp_in"))
+    for kind in FINAL_KINDS:
+        with pytest.raises(InputError, match="run_with_capture"):
+            Capture(sites=[Site(0, kind)]).resolve(CONFIG)
 
 
 UNKNOWN = [
@@ -45,7 +76,7 @@ UNKNOWN = [
     "blocks.0.hook_resid_post ", "blocks.0.hook_resid_post\n", "blocks.00000000000000000000.hook_resid_post",
     "blocks.1e0.hook_resid_post", "Blocks.0.hook_resid_post", "model.layers.2", "model.layers.0.", "model.layers.0.foo",
     "model.layers.0.self_attn.o_proj", "layers.0", "resid_post", "blocks.٠.attn.hook_nothing",
-    Site(2, "q"), Site(-1, "q"), Site(0, "nothing"),
+    "model.norm", "blocks.0.hook_embed", Site(1, "embed"), Site(2, "q"), Site(-1, "q"), Site(0, "nothing"),
 ]  # fmt: skip
 
 

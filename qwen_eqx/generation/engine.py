@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from qwen_eqx.errors import InputError
 from qwen_eqx.generation.buffer import ActivationBuffer
 from qwen_eqx.generation.options import Options, Settings
 from qwen_eqx.generation.progress import report_now_and_then
@@ -16,7 +17,7 @@ from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.edits import AbstractEdit, EditTap, resolve_edits
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.room import free_device_bytes
-from qwen_eqx.model.sites import Recorder
+from qwen_eqx.model.sites import FINAL_KINDS, Recorder, Site
 
 
 class GenerationState(eqx.Module):
@@ -75,7 +76,13 @@ class Generator(eqx.Module):
         settings = options.settings(model, width)
         plan = settings.memory_plan(model.config, prompts=prompts, width=width, samples=samples)
         plan.check_fits(free_device_bytes())
-        return cls(options.sampler, resolve_edits(options.edits, model.config, rows=prompts), settings)
+        edits = resolve_edits(options.edits, model.config, rows=prompts)
+        for number, edit in enumerate(edits):
+            if isinstance(edit.site, Site) and edit.site.kind in FINAL_KINDS:
+                raise InputError(
+                    f"edits[{number}]: found site '{edit.site}', expected another; model.run_with_capture edits it"
+                )
+        return cls(options.sampler, edits, settings)
 
     def prefill(
         self, model: Qwen, batch: PromptBatch
@@ -218,7 +225,7 @@ class Generator(eqx.Module):
         fresh: bool = False,
     ) -> tuple[Float[Array, "rows seq d_model"], KVCache, Float[Array, "sites rows kept d_model"] | None]:
         """A forward pass with edits and capture; `fresh`: the cache is still empty, so the tokens see only one another."""
-        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length, model.config.d_head)
+        edit = EditTap(self.edits, cache.positions(tokens.shape[1]), prompt_length, model.config)
         recorder = Recorder(self.settings.sites, edit)
         x, cache = model.forward(tokens, cache.length, None if fresh else cache, recorder)
         if not self.settings.sites:

@@ -11,7 +11,7 @@ from qwen_eqx.model.causal import attend_causally
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.layers import Linear, RMSNorm, rounded
 from qwen_eqx.model.rope import Rotation
-from qwen_eqx.model.sites import BlockTap, unchanged
+from qwen_eqx.model.sites import BlockTap, asked, unchanged
 
 BLOCK = 256  # entries attended to at once where there are many: 512 and 1,024 are slower by a fifth and by half
 Seen = Bool[Array, "batch seq kv_seq"] | Int[Array, " batch"] | None
@@ -29,18 +29,25 @@ def attend(
     k: Float[Array, "batch kv_heads kv_seq d_head"],
     v: Float[Array, "batch kv_heads kv_seq d_head"],
     mask: Bool[Array, "batch seq kv_seq"],
+    tap: BlockTap = unchanged,
 ) -> Float[Array, "batch seq kv_heads group d_head"]:
     """softmax(q kᵀ / sqrt(d_head) + mask) v, scores and softmax in float32 (transformers `eager_attention_forward`).
 
-    A query that sees nothing, a pad's, gets something finite. Many queries over many entries go block by block.
+    A query that sees nothing, a pad's, gets something finite. Many queries over many entries go block by block, unless
+    `tap` asks for the pattern, [batch, heads, seq, kv_seq].
     """
     batch, seq, kv_heads, group, d_head = q.shape
     rows = q.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, seq * group, d_head)  # one product per (row, kv head)
     of_rows = jnp.repeat(mask, group, axis=1)[:, None]
-    if seq > 1 and k.shape[2] > 2 * BLOCK:
+    wanted = asked(tap, "pattern")
+    if seq > 1 and k.shape[2] > 2 * BLOCK and not wanted:
         z = blockwise(rows, k, v, of_rows, BLOCK)
     else:
         weights = jax.nn.softmax(_scores(rows, k, of_rows), axis=-1)
+        if wanted:
+            apart = weights.reshape(batch, kv_heads, seq, group, -1).transpose(0, 1, 3, 2, 4)
+            met = tap("pattern", apart.reshape(batch, kv_heads * group, seq, -1))
+            weights = met.reshape(apart.shape).transpose(0, 1, 3, 2, 4).reshape(weights.shape)
         z = _weighted(weights, v, q.dtype)
     return z.astype(q.dtype).reshape(batch, kv_heads, seq, group, d_head).transpose(0, 2, 1, 3, 4)
 
@@ -145,7 +152,7 @@ class Attention(eqx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
         """y, and the keys and values attended to: `past` with this chunk at `entry` and after, or the chunk's own.
 
-        `tap` meets q, k and v before norm and RoPE, and z.
+        `tap` meets q, k and v before norm and RoPE, and z; if it asks for them, the pattern and each head's result.
         """
         (batch, seq, _), dtype = x.shape, x.dtype
         group = self.heads // self.kv_heads
@@ -158,6 +165,32 @@ class Attention(eqx.Module):
         cache = chunk if past is None else past.write(chunk, entry)
         q = rotation(q)
         keys, values = cache.keys, cache.values
-        z = attend_causally(q, keys, values, seen) if seen is None or seen.ndim == 1 else attend(q, keys, values, seen)
+        if seen is None or seen.ndim == 1:
+            if asked(tap, "pattern"):
+                z = attend(q, keys, values, _below(seq, seen), tap)
+            else:
+                z = attend_causally(q, keys, values, seen)
+        else:
+            z = attend(q, keys, values, seen, tap)
         z = tap("z", rounded(z.reshape(batch, seq, self.heads * self.d_head), dtype))
-        return rounded(self.o(z), dtype), cache
+        y = rounded(self.o(z), dtype)
+        if asked(tap, "result"):
+            each = self.result(z)
+            met = tap("result", each)
+            if met is not each:  # the difference first: it is exactly zero where nothing was changed
+                change = (met - each).astype(jnp.float32).reshape(batch, seq, self.heads, -1).sum(axis=2)
+                y = rounded(y.astype(jnp.float32) + change, dtype)
+        return y, cache
+
+    def result(self, z: Float[Array, "batch seq width"]) -> Float[Array, "batch seq heads_d_model"]:
+        """W_o z of each head alone, heads side by side; their sum is y but for rounding."""
+        apart = z.reshape(*z.shape[:2], self.heads, self.d_head)
+        weight = self.o.weight.reshape(-1, self.heads, self.d_head)
+        each = jnp.einsum("bshd,ohd->bsho", apart, weight, preferred_element_type=jnp.float32)
+        return rounded(each.reshape(*z.shape[:2], -1), z.dtype)
+
+
+def _below(seq: int, pads: Int[Array, " batch"] | None) -> Bool[Array, "_ seq seq"]:
+    """Which tokens each sees where all attend to one another: those up to its own, but for the row's first `pads`."""
+    causal = jnp.tril(jnp.ones((seq, seq), bool))[None]
+    return causal if pads is None else causal & (jnp.arange(seq)[None, None, :] >= pads[:, None, None])

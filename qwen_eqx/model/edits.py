@@ -37,7 +37,7 @@ class AbstractEdit(eqx.Module):
     site: eqx.AbstractVar[str | Site]
     where: eqx.AbstractVar[Where]
     head: Int[Array | np.ndarray, "*heads"] | None = eqx.field(default=None, kw_only=True, converter=_indices)
-    """One head, or several side by side, of hook_q, hook_k, hook_v or hook_z: the edit meets d_head values of each."""
+    """One head, or several side by side, of hook_q, hook_k, hook_v, hook_z or hook_result: the edit meets its values."""
     neuron: Int[Array | np.ndarray, "*neurons"] | None = eqx.field(default=None, kw_only=True, converter=_indices)
     """One neuron, or several, of mlp.hook_post: the edit meets one value of each."""
 
@@ -49,17 +49,17 @@ class AbstractEdit(eqx.Module):
     def check(self, site: Site, config: QwenConfig) -> None:
         """Raises `InputError` if the edit's arrays do not fit the site."""
 
-    def columns(self, d_head: int) -> Int[Array, " columns"] | None:
+    def columns(self, per_head: int) -> Int[Array, " columns"] | None:
         """Which values of the site the edit meets; None: all of them."""
         if self.head is not None:
-            inside = jnp.arange(d_head, dtype=jnp.int32)[None, :]
-            return (jnp.atleast_1d(jnp.asarray(self.head))[:, None] * d_head + inside).reshape(-1)
+            inside = jnp.arange(per_head, dtype=jnp.int32)[None, :]
+            return (jnp.atleast_1d(jnp.asarray(self.head))[:, None] * per_head + inside).reshape(-1)
         return None if self.neuron is None else jnp.atleast_1d(jnp.asarray(self.neuron))
 
     def width(self, site: Site, config: QwenConfig) -> int:
         """How many values of the site the edit meets."""
         if self.head is not None:
-            return self.head.size * config.d_head
+            return self.head.size * site.per_head(config)
         return site.width(config) if self.neuron is None else self.neuron.size
 
     @property
@@ -219,6 +219,8 @@ def resolve_edits(
         if not isinstance(edit, AbstractEdit):
             raise InputError(f"edits: found {type(edit).__name__}, expected Steer, Ablate, Patch or Replace")
         site = Site.parse(edit.site, config)
+        if site.kind == "pattern":
+            raise InputError(f"edits[{number}]: found site '{site}', which can be read only, expected another")
         if isinstance(edit.where, str) and edit.where not in ("all", "prompt", "generated"):
             raise InputError(
                 f"edits: where={edit.where!r}: expected 'all', 'prompt', 'generated' or an array of positions"
@@ -256,17 +258,18 @@ class EditTap:
         edits: Sequence[AbstractEdit],
         positions: Int[Array, "batch seq"],
         prompt_length: Int[Array, " batch"],
-        d_head: int,
+        config: QwenConfig,
     ):
-        self.d_head = d_head
+        self.config = config
         self.edits = [_counted_from_start(edit, prompt_length) for edit in edits]
+        self.asks = frozenset(edit.site for edit in self.edits)
         self.positions = positions
         self.prompt_length = prompt_length
 
-    def __call__(self, site: Site, value: Activation) -> Activation:
+    def __call__(self, site: Site, value: Float[Array, "batch *shape"]) -> Float[Array, "batch *shape"]:
         for edit in self.edits:
             if edit.site == site:
-                columns = edit.columns(self.d_head)
+                columns = edit.columns(site.per_head(self.config))
                 part = value if columns is None else value[:, :, columns]
                 part = jnp.where(self._applies(edit.where)[:, :, None], edit.edited(part, self.positions), part)
                 value = part if columns is None else value.at[:, :, columns].set(part)

@@ -108,9 +108,9 @@ def _effects(
     def logits(edits: tuple[AbstractEdit, ...]) -> Float32[Array, "rows vocab"]:
         edited = {edit.site for edit in edits}
         all_edits = (*edits, *(same for same in back if same.site not in edited))
-        tap = EditTap(all_edits, places[None], length[None], model.config.d_head)
+        tap = EditTap(all_edits, places[None], length[None], model.config)
         x, _ = model.forward(tokens[None], jnp.zeros(1, jnp.int32), tap=tap)
-        return model.logits(x[0])
+        return model.logits(x, tap)[0]
 
     plain = logits(())
     return {name: _compared(plain, logits(edits), tokens, length) for name, edits in runs.items()}

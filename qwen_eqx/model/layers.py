@@ -76,9 +76,15 @@ class RMSNorm(eqx.Module):
     def init(cls, width: int, eps: float, dtype: DTypeLike) -> "RMSNorm":
         return cls(jnp.ones(width, dtype), eps)
 
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    def __call__(
+        self, x: Float[Array, "*batch width"], tap: BlockTap = unchanged, name: str = ""
+    ) -> Float[Array, "*batch width"]:
+        """y; `tap` meets the divisor as NAME_scale and the quotient as NAME_normalized."""
         wide = x.astype(jnp.float32)  # a mean of squares loses bits in bf16
-        scaled = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        divisor = 1 / inverse
+        scale = tap(f"{name}_scale", divisor)
+        scaled = tap(f"{name}_normalized", wide * inverse if scale is divisor else wide / scale)
         weight = self.weight.astype(jnp.float32)
         return (scaled * weight.reshape((1,) * (x.ndim - 1) + weight.shape)).astype(x.dtype)
 

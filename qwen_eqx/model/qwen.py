@@ -1,5 +1,6 @@
 """The decoder: embed, blocks, final norm, head. One forward pass serves plain calls, prefill and decoding."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,24 @@ from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, ro
 from qwen_eqx.model.room import check_room, free_device_bytes
 from qwen_eqx.model.rope import Rotation
 from qwen_eqx.model.rows import Prompts, Rows
-from qwen_eqx.model.sites import Recorder, Site, Tap, untouched
+from qwen_eqx.model.sites import FINAL_KINDS, Activation, Recorder, Site, Tap, untouched
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """The tap of one block, or of the parts that no block holds: names the layer, rounds what the tap changes."""
+
+    layer: int
+    tap: Tap
+
+    def __call__(self, kind: str, value: Activation) -> Activation:
+        met = self.tap(Site(self.layer, kind), value)
+        return value if met is value else rounded(met, value.dtype)
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """The kinds that the tap wants here."""
+        return frozenset(site.kind for site in getattr(self.tap, "asks", ()) if site.layer == self.layer)
 
 
 class Block(eqx.Module):
@@ -53,15 +71,12 @@ class Block(eqx.Module):
         tap: Tap,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache]:
         """The new residual stream, and the keys and values attended to: `past` with this chunk at `entry`, or its own."""
-        dtype = x.dtype
-
-        def at(kind: str, value: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-            return rounded(tap(Site(self.layer, kind), value), dtype)
-
+        dtype, at = x.dtype, At(self.layer, tap)
         x = at("resid_pre", rounded(x, dtype))
-        mixed, cache = self.attn(self.attn_norm(x), rotation, seen, past, entry, at)
+        mixed, cache = self.attn(self.attn_norm(x, at, "ln1"), rotation, seen, past, entry, at)
         x = at("resid_mid", rounded(x + at("attn_out", mixed), dtype))
-        x = at("resid_post", rounded(x + at("mlp_out", self.mlp(self.mlp_norm(x), at)), dtype))
+        normed = at("mlp_in", rounded(self.mlp_norm(x, at, "ln2"), dtype))
+        x = at("resid_post", rounded(x + at("mlp_out", self.mlp(normed, at)), dtype))
         return x, cache
 
 
@@ -115,7 +130,7 @@ class Qwen(eqx.Module):
         positions = length[:, None] + jnp.arange(seq, dtype=jnp.int32)[None, :]
         rotation = Rotation.at(positions, self.config.d_head, self.config.rope_theta)
         seen = jnp.maximum(-length, 0) if past is None else visible(positions, index, kv_seq)
-        x = self.embed(tokens)
+        x = At(0, tap)("embed", self.embed(tokens))
         layers = []
         for block in self.blocks:
             layer = None if past is None else past.layers[block.layer]
@@ -137,15 +152,18 @@ class Qwen(eqx.Module):
         def through(block: Block, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
             return block(x, rotation, None, None, 0, tap)[0]
 
-        x = self.embed(tokens)
+        x = At(0, tap)("embed", self.embed(tokens))
         for block in self.blocks:
             x = eqx.filter_checkpoint(through)(block, x) if remat else through(block, x)
         return x
 
-    def logits(self, x: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
-        """head(norm(x)), in float32."""
-        weight = self.embed.table if self.head is None else self.head.weight
-        return matmul(self.norm(x), weight)
+    def logits(self, x: Float[Array, "*batch d_model"], tap: Tap = untouched) -> Float32[Array, "*batch vocab"]:
+        """head(norm(x)), in float32; `tap` meets the final norm."""
+        return self.unembed(self.norm(x, At(0, tap), "final"))
+
+    def unembed(self, normed: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
+        """The head alone, tied or not."""
+        return matmul(normed, self.embed.table if self.head is None else self.head.weight)
 
     def __call__(self, tokens: Int[Array, " seq"]) -> Float32[Array, "seq vocab"]:
         """Logits after every token; `jax.vmap` for a batch."""
@@ -163,7 +181,8 @@ class Qwen(eqx.Module):
         """Logits and the activations at `sites` (after `edits`, if any), keyed as asked; all kinds, both spellings.
 
         `prompts` is one sequence of ids: logits [seq, vocab], activations [seq, width]. Or a batch, a list of sequences or
-        a matrix: [batch, seq, vocab] and [batch, seq, width], zeros right of each row's end. `logits` is "all", or "last"
+        a matrix: [batch, seq, vocab] and [batch, seq, width], zeros right of each row's end. A pattern is [heads, seq, seq]
+        and [batch, heads, seq, seq], a row for each query. `logits` is "all", or "last"
         for those of each row's last position alone, [batch, vocab], or None. Compiled once per bucket of lengths, batch
         size, sites and kinds of edits; inside another `jit`, `vmap` or `grad` it is part of that.
         """
@@ -179,14 +198,15 @@ class Qwen(eqx.Module):
         table, values = _captured(self, resolved, rows.tokens, jnp.asarray(rows.lengths), wanted, logits)
         if table is not None:
             table = rows.cut(table) if logits == "all" else table[0] if rows.single else table
-        acts = {site: rows.cut(value) for site, value in values.items()}
+        acts = {site: rows.cut(value, square=site.kind == "pattern") for site, value in values.items()}
         return table, {name: acts[site] for name, site in names.items()}
 
 
 def _check_room(config: QwenConfig, rows: Rows, sites: tuple[Site, ...], logits: str | None, itemsize: int) -> None:
     batch, width = rows.tokens.shape
     logit_bytes = 4 * batch * config.vocab * {"all": width, "last": 1, None: 0}[logits]
-    act_bytes = batch * width * itemsize * sum(site.width(config) for site in sites)
+    values = sum(site.width(config) * (width if site.kind == "pattern" else 1) for site in sites)
+    act_bytes = batch * width * itemsize * values
     what = f"logits, {logit_bytes / 1e6:,.1f} MB, and activations, {act_bytes / 1e6:,.1f} MB,"
     lower = "the number of rows, tokens or sites" + (", or ask for logits='last'" if logits == "all" else "")
     check_room(what, logit_bytes + act_bytes, free_device_bytes(), lower)
@@ -200,22 +220,27 @@ def _captured(
     lengths: Int[Array, " batch"],
     sites: tuple[Site, ...],
     logits: str | None,
-) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch width _"]]]:
+) -> tuple[Float32[Array, "batch *seq vocab"] | None, dict[Site, Float[Array, "batch *shape"]]]:
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
-    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config.d_head))
+    recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config))
     x, _ = model.forward(jnp.asarray(tokens), jnp.zeros(batch, jnp.int32), tap=recorder)
     table = None
-    if logits == "all":
+    if any(site.kind in FINAL_KINDS for site in recorder.asks):  # kept at all positions, whatever is asked of logits
+        normed = model.norm(x, At(0, recorder), "final")
+        if logits is not None:
+            table = model.unembed(normed if logits == "all" else normed[jnp.arange(batch), lengths - 1])
+    elif logits == "all":
         table = model.logits(x)
     elif logits == "last":
         table = model.logits(x[jnp.arange(batch), lengths - 1])
-    real = (positions < lengths[:, None])[:, :, None]
+    real = positions < lengths[:, None]
 
-    def kept(value: Float[Array, "batch width size"]) -> Float[Array, "batch width size"]:
+    def kept(value: Float[Array, "batch ..."], axis: int = 1) -> Float[Array, "batch ..."]:
         # the pads of a single row are cut off anyway
-        return value if batch == 1 else jnp.where(real, value, jnp.zeros((), value.dtype))
+        where = real.reshape(batch, *(width if place == axis else 1 for place in range(1, value.ndim)))
+        return value if batch == 1 else jnp.where(where, value, jnp.zeros((), value.dtype))
 
     if table is not None and table.ndim == 3:
         table = kept(table)
-    return table, {site: kept(recorder.values[site]) for site in sites}
+    return table, {site: kept(recorder.values[site], 2 if site.kind == "pattern" else 1) for site in sites}

@@ -58,9 +58,13 @@ class Rows:
             raise InputError("prompts: found no token, expected at least one")
         return cls(tokens, np.full(tokens.shape[0], tokens.shape[1], np.int32), single)
 
-    def cut(self, value: Shaped[Array, "batch width ..."]) -> Shaped[Array, "..."]:
-        """What was made of the rows without the columns that all of them lack; that of a single sequence alone."""
-        kept = (0 if self.single else slice(None), slice(int(self.lengths.max())))
+    def cut(self, value: Shaped[Array, "batch ..."], *, square: bool = False) -> Shaped[Array, "..."]:
+        """What was made of the rows without the columns that all of them lack; that of a single sequence alone.
+
+        The columns are the second axis, or in a square the last two.
+        """
+        within = slice(int(self.lengths.max()))
+        kept = (0 if self.single else slice(None), *((..., within, within) if square else (within,)))
         if isinstance(value, Tracer) or value.committed or next(iter(value.devices())).platform != "cpu":
             return value[kept]
         # the same memory where it can be, and in no case a compilation for each new length
