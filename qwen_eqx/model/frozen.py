@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from qwen_eqx.model.attention import Attention
-from qwen_eqx.model.qwen import Qwen
-from qwen_eqx.model.rope import Rotation
+from qwen_eqx.model.qwen import Block, Qwen
 from qwen_eqx.model.sites import Site
 
 Stream = Float[Array, "targets seq d_model"]
@@ -150,58 +148,47 @@ class Passed(eqx.Module):
 def freeze(model: Qwen, tokens: Sequence[int] | Int[Array, " seq"]) -> tuple[Frozen, Passed]:
     """The map that is left of this model's pass over these tokens, and the pass."""
     blocks = range(model.config.layers)
-    kinds = ("resid_pre", "q", "k", "resid_mid", "mlp_out", "resid_post")
-    logits, acts = model.run_with_capture(
-        tokens, [Site(layer, kind) for layer in blocks for kind in kinds], logits="last"
-    )
-    stacked = {kind: [acts[Site(layer, kind)] for layer in blocks] for kind in kinds}
+    inner, outer = ("ln1_scale", "pattern", "resid_mid", "ln2_scale", "mlp_out"), ("embed", "final_scale")
+    sites = [Site(layer, kind) for kind in inner for layer in blocks] + [Site(0, kind) for kind in outer]
+    last = Site(blocks[-1], "resid_post")
+    logits, acts = model.run_with_capture(tokens, [*sites, last], logits="last")
     assert logits is not None
-    return _frozen(model, stacked, logits)
+    stacked = {kind: [acts[Site(layer, kind)] for layer in blocks] for kind in inner}
+    return _frozen(model, stacked | {kind: acts[Site(0, kind)] for kind in outer}, acts[last], logits)
 
 
 @eqx.filter_jit
-def _frozen(model: Qwen, acts: dict[str, list[Array]], logits: Float[Array, " vocab"]) -> tuple[Frozen, Passed]:
-    seq, config = acts["resid_pre"][0].shape[0], model.config
-    rotation = Rotation.at(jnp.arange(seq, dtype=jnp.int32)[None], config.d_head, config.rope_theta)
-
-    def wide(parts: list[Array]) -> Array:
-        return jnp.stack([part.astype(jnp.float32) for part in parts])  # effects are sums of many small terms
-
-    def scale(x: Array) -> Array:
-        return jax.lax.rsqrt(jnp.mean(x**2, axis=-1) + config.norm_eps)
-
-    pre, mid, last = wide(acts["resid_pre"]), wide(acts["resid_mid"]), acts["resid_post"][-1].astype(jnp.float32)
-    of_blocks = zip(model.blocks, scale(pre), acts["q"], acts["k"], strict=True)
-    mixing = [_mixing(block.attn, block.attn_norm.weight, s, rotation, q, k) for block, s, q, k in of_blocks]
+def _frozen(
+    model: Qwen, acts: dict[str, Any], last: Float[Array, "seq d_model"], logits: Float[Array, " vocab"]
+) -> tuple[Frozen, Passed]:
+    # float32 whatever the model's dtype: effects are sums of many small terms
+    whole = {kind: jnp.stack(parts) if isinstance(parts, list) else parts for kind, parts in acts.items()}
+    wide = {kind: value.astype(jnp.float32) for kind, value in whole.items()}
+    over = {kind: 1 / wide[kind][..., 0] for kind in ("ln1_scale", "ln2_scale", "final_scale")}
+    of_blocks = zip(model.blocks, wide["pattern"], over["ln1_scale"], strict=True)
+    mixing = [_mixing(block, pattern, scale) for block, pattern, scale in of_blocks]
     frozen = Frozen(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *mixing),
-        scale(mid),
-        wide([block.mlp_norm.weight for block in model.blocks]),
-        scale(last),
+        over["ln2_scale"],
+        jnp.stack([block.mlp_norm.weight.astype(jnp.float32) for block in model.blocks]),
+        over["final_scale"],
         model.norm.weight.astype(jnp.float32),
     )
-    return frozen, Passed(pre[0], mid, wide(acts["mlp_out"]), last, logits)
+    return frozen, Passed(wide["embed"], wide["resid_mid"], wide["mlp_out"], last.astype(jnp.float32), logits)
 
 
-def _mixing(
-    attn: Attention,
-    gain: Float[Array, " d_model"],
-    scale: Float[Array, " seq"],
-    rotation: Rotation,
-    q: Float[Array, "seq width"],
-    k: Float[Array, "seq narrow"],
-) -> Mixing:
-    group, d_head = attn.heads // attn.kv_heads, attn.d_head
-    q, k = q.reshape(1, -1, attn.kv_heads, group, d_head), k.reshape(1, -1, attn.kv_heads, d_head)
-    if attn.q_norm is not None and attn.k_norm is not None:
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    scores = jnp.einsum("qkgh,skh->kgqs", rotation(q)[0], rotation(k)[0], preferred_element_type=jnp.float32)
-    causal = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    pattern = jax.nn.softmax(jnp.where(causal[None, None], scores * d_head**-0.5, -jnp.inf), axis=-1)
-    value = attn.v.weight.astype(jnp.float32) * gain.astype(jnp.float32)[None]
-    output = attn.o.weight.astype(jnp.float32).T.reshape(attn.kv_heads, group, d_head, -1)
+def _mixing(block: Block, pattern: Float[Array, "heads seq kv_seq"], scale: Float[Array, " seq"]) -> Mixing:
+    attn = block.attn
+    value, output, gain = (part.astype(jnp.float32) for part in (attn.v.weight, attn.o.weight, block.attn_norm.weight))
+    output = output.T.reshape(attn.kv_heads, -1, attn.d_head, output.shape[0])
     bias = jnp.zeros(output.shape[-1], jnp.float32)
     if attn.v.bias is not None:
-        held = attn.v.bias.astype(jnp.float32).reshape(attn.kv_heads, d_head)
+        held = attn.v.bias.astype(jnp.float32).reshape(attn.kv_heads, attn.d_head)
         bias = jnp.einsum("kh,kghm->m", held, output)
-    return Mixing(pattern, value.reshape(attn.kv_heads, d_head, -1), output, bias, scale)
+    return Mixing(
+        pattern.reshape(attn.kv_heads, -1, *pattern.shape[1:]),
+        (value * gain[None]).reshape(attn.kv_heads, attn.d_head, -1),
+        output,
+        bias,
+        scale,
+    )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 import qwen_eqx
 import sae
 from qwen_eqx.model.frozen import Frozen, Passed, Stream, freeze
-from qwen_eqx.model.sites import KINDS, Site
+from qwen_eqx.model.sites import Site
 from qwen_eqx.text.ids import bucket
 from qwen_lab.errors import InputError
 
@@ -136,16 +136,12 @@ def _normed(config: qwen_eqx.QwenConfig, transcoders: sae.Transcoders) -> bool:
     if (transcoders.n_layers, transcoders.d_model) != (config.layers, config.d_model):
         found = f"{transcoders.n_layers} layers of width {transcoders.d_model}"
         raise InputError(f"transcoders: found {found}, expected the model's {config.layers} of width {config.d_model}")
-    reads, writes = (_kind(site) for site in (transcoders.input_site, transcoders.output_site))
+    sites = [Site.spelled(f"blocks.0.{site}") for site in (transcoders.input_site, transcoders.output_site)]
+    reads, writes = (None if site is None else site.kind for site in sites)
     if reads not in (NORMED, PLAIN) or writes != "mlp_out":
         found = f"'{transcoders.input_site}' to '{transcoders.output_site}'"
         raise InputError(f"transcoders: found {found}, expected hook_resid_mid or mlp.hook_in to hook_mlp_out")
     return reads == NORMED
-
-
-def _kind(site: str) -> str:
-    spelled = {name: kind for kind, names in KINDS.items() for name in (kind, *names) if name}
-    return {"mlp.hook_in": NORMED, "mlp_in": NORMED, "mlp.hook_out": "mlp_out"}.get(site) or spelled.get(site, site)
 
 
 @eqx.filter_jit
