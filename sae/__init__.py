@@ -18,6 +18,7 @@ from sae.evaluation import report as report
 from sae.evaluation.codes import encoded as encoded
 from sae.evaluation.survey import Survey as Survey
 from sae.evaluation.survey import promoted_tokens as promoted_tokens
+from sae.formats.circuit_tracer import save_transcoders as save_transcoders
 from sae.formats.load import Loaded as Loaded
 from sae.formats.load import embedded as embedded
 from sae.formats.load import load as load

@@ -46,7 +46,7 @@ ORDER = {
         "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
-            "sets",
+            "circuit_tracer", "sets",
         ],
         "evaluation": ["metrics", "codes", "matching", "probing", "survey", "report"],
     },

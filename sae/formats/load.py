@@ -131,10 +131,7 @@ def _is_qwen_scope(path: Path) -> bool:
 
 def _download(source: str, revision: str | None) -> Path:
     """The files of one SAE at a hub id, fetched or from the cache."""
-    parts = source.split("/")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.=,-]+)*", source) or set(parts) & {".", ".."}:
-        raise InputError(f"{source}: found no such file or directory, expected one or a hub id org/name[/folder]")
-    repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
+    repository, inner = hub_parts(source)
     if inner.endswith((".pt", ".npz", ".safetensors")):
         wanted = [inner]
         if inner.endswith("ae.pt") and not inner.endswith(".sae.pt"):
@@ -142,8 +139,24 @@ def _download(source: str, revision: str | None) -> Path:
     else:
         names = [CONFIG, WEIGHTS, SPARSITY, "config.json", *READERS]
         wanted = [f"{inner}/{name}" if inner else name for name in names]
+    path = fetched(source, repository, revision, wanted) / inner
+    if not path.exists():
+        raise InputError(f"{source}: found no {inner} in {repository}, expected the folder or file of one SAE")
+    return path
+
+
+def hub_parts(source: str) -> tuple[str, str]:
+    """(org/name, what is inside it) of a hub id."""
+    parts = source.split("/")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.=,-]+)*", source) or set(parts) & {".", ".."}:
+        raise InputError(f"{source}: found no such file or directory, expected one or a hub id org/name[/folder]")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def fetched(source: str, repository: str, revision: str | None, wanted: list[str]) -> Path:
+    """Where those files of a hub repository lie that match the patterns `wanted`, fetched or from the cache."""
     try:
-        snapshot = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         cache = huggingface_hub.constants.HF_HUB_CACHE
         reason = str(error).strip().splitlines()[0]
@@ -152,7 +165,3 @@ def _download(source: str, revision: str | None) -> Path:
             f"expected one or the other; fetch it where there is a network with `hf download {repository} --include "
             f"'{wanted[0]}'` into the cache {cache}"
         ) from None
-    path = Path(snapshot) / inner
-    if not path.exists():
-        raise InputError(f"{source}: found no {inner} in {repository}, expected the folder or file of one SAE")
-    return path

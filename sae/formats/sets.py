@@ -1,14 +1,15 @@
-"""A transcoder for every MLP of a model, from what training left in a directory or comes with the package.
+"""A transcoder for every MLP of a model, from anywhere: circuit-tracer's sets, or dictionaries that were trained here.
 
-transcoders = sae.load_transcoders("tiny-arc")        # embedded, or a directory with a dictionary for each layer
+transcoders = sae.load_transcoders("tiny-arc")        # embedded; or a directory, or a hub id org/name[/folder]
 """
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae.errors import InputError
-from sae.formats.load import Loaded, load_with_metadata, locate
+from sae.formats import circuit_tracer
+from sae.formats.load import Loaded, fetched, hub_parts, load_with_metadata, locate
 from sae.formats.saelens import CONFIG
 from sae.forms.abstract import AbstractSAE
 from sae.forms.transcoders import Transcoders
@@ -16,9 +17,46 @@ from sae.forms.transcoders import Transcoders
 _OWN = ("hook_name", "hook_name_out", "training", "training_architecture", "training_architecture_details")
 
 
-def load_transcoders(source: str | Path) -> Transcoders:
-    """The transcoders of all MLPs in a directory that holds a dictionary for each; autoencoders beside them are left."""
-    directory = locate(source)
+def load_transcoders(source: str | Path, *, revision: str | None = None) -> Transcoders:
+    """The transcoders of all MLPs: circuit-tracer's, in a directory or at a hub id, or those that were trained here.
+
+    Of circuit-tracer's no row is read before it is asked for. Trained here are an embedded model's, or a directory that
+    holds a dictionary for each block; autoencoders beside them are left.
+    """
+    directory, named = locate(source), {}
+    if not directory.exists():
+        directory, named = _fetch(str(source), revision)
+    if (directory / circuit_tracer.CONFIG).is_file():
+        return circuit_tracer.read_circuit_tracer(directory, named)
+    return _trained(source, directory)
+
+
+def _fetch(source: str, revision: str | None) -> tuple[Path, dict[str, Path]]:
+    """Where circuit-tracer's files at a hub id lie, and those that its config.yaml names by address."""
+    repository, inner = hub_parts(source)
+    path = fetched(source, repository, revision, [str(PurePosixPath(inner, circuit_tracer.CONFIG))])
+    path = path / inner / circuit_tracer.CONFIG
+    if not path.is_file():
+        raise InputError(f"{source}: found no {circuit_tracer.CONFIG} in {repository}, expected circuit-tracer's")
+    names = circuit_tracer.read_config(path).get("transcoders")
+    if names is None:
+        fetched(source, repository, revision, [str(PurePosixPath(inner, "*.safetensors"))])
+    named = {name: _addressed(source, name) for name in names or () if circuit_tracer.is_address(name)}
+    return path.parent, named
+
+
+def _addressed(source: str, name: str) -> Path:
+    """The file at hf://org/repository/file?revision=branch."""
+    address, _, query = name.removeprefix("hf://").partition("?")
+    repository, inner = hub_parts(address)
+    revision = query.removeprefix("revision=") or None
+    path = fetched(source, repository, revision, [inner]) / inner
+    if not path.is_file():
+        raise InputError(f"{source}: found no {inner} in {repository}, expected it as {circuit_tracer.CONFIG} names it")
+    return path
+
+
+def _trained(source: str | Path, directory: Path) -> Transcoders:
     found: dict[tuple[str, str], dict[int, Loaded]] = {}
     for path in sorted(directory.glob(f"**/{CONFIG}")):
         loaded = load_with_metadata(path.parent)
