@@ -59,7 +59,9 @@ ORDER = {
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],
-        "circuits": ["influence", "graph", "replacement", "rows", "tracing"],
+        "circuits": [
+            "nodes", "influence", "neuronpedia", "page", "graph", "replacement", "rows", "tracing", "intervening", "puzzles",
+        ],
     },
 }  # fmt: skip
 COMMANDS = sorted((ROOT / "experiments").glob("*.py"))

@@ -8,60 +8,16 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from qwen_lab import files
-from qwen_lab.circuits import influence
+from qwen_lab.circuits import influence, neuronpedia, page
 from qwen_lab.circuits.influence import Edges
+from qwen_lab.circuits.nodes import FEATURE, KINDS, TOKEN, Features, Nodes
 from qwen_lab.errors import InputError
 
-FEATURE, ERROR, TOKEN, LOGIT = range(4)
-KINDS = ("feature", "error", "token", "logit")
 ARRAYS, FACTS = "graph.safetensors", "graph.json"
 VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Nodes:
-    """Features, errors, tokens and logits, in this order; what a kind does not have is 0.
-
-    reading = Σ weights of edges in + left_out + bias: of a feature its value before the nonlinearity, of a logit the
-    logit less the mean of all.
-    """
-
-    kind: Int[np.ndarray, " nodes"]  # number in KINDS
-    layer: Int[np.ndarray, " nodes"]  # −1 for tokens, the number of blocks for logits
-    position: Int[np.ndarray, " nodes"]
-    index: Int[np.ndarray, " nodes"]  # latent, −1 for errors, token id
-    activation: Float[np.ndarray, " nodes"]  # of a feature
-    probability: Float[np.ndarray, " nodes"]  # of a logit
-    reading: Float[np.ndarray, " nodes"]  # of a feature or logit: what its edges add up to
-    bias: Float[np.ndarray, " nodes"]  # the part of it that is constant
-    left_out: Float[np.ndarray, " nodes"]  # the part of it that features outside the graph add
-    influence: Float[np.ndarray, " nodes"]  # on the logits, by paths of any length
-    cumulative: Float[np.ndarray, " nodes"]  # share of all influence of this node and those above it
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    def __getitem__(self, chosen: Bool[np.ndarray, " nodes"] | Int[np.ndarray, " chosen"]) -> "Nodes":
-        return Nodes(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
-
-    @property
-    def ids(self) -> list[str]:
-        """Neuronpedia's names: L_f_p, L_-1_p for errors, E_id_p for tokens, {blocks + 1}_id_p for logits."""
-        names = zip(self.kind, self.layer, self.index, self.position, strict=True)
-        return [
-            f"{'E' if kind == TOKEN else layer + 1 if kind == LOGIT else layer}_{index}_{position}"
-            for kind, layer, index, position in names
-        ]
-
-    def find(self, name: str) -> int:
-        """The number of the node of this name."""
-        try:
-            return self.ids.index(name)
-        except ValueError:
-            raise InputError(f"node: found {name!r}, expected one of the graph's, such as {self.ids[0]!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +28,10 @@ class Graph:
     pieces: list[str]  # the text of each token
     nodes: Nodes
     edges: Edges
-    facts: dict[str, Any]  # model, transcoders, options, scores, active features
+    fired: Features  # all that fire, traced or not
+    facts: dict[str, Any]  # model, transcoders, options, scores
     groups: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # label -> names of nodes: supernodes
+    grids: list[page.Grid] = dataclasses.field(default_factory=list)  # what a page draws below the graph
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{np.sum(self.nodes.kind == n)} {name}s" for n, name in enumerate(KINDS))
@@ -114,10 +72,27 @@ class Graph:
             facts=self.facts | facts,
         )
 
+    def described(self, slug: str) -> dict[str, Any]:
+        """The graph as Neuronpedia's JSON, schema version 1."""
+        links = zip(self.edges.source.tolist(), self.edges.target.tolist(), self.edges.weight.tolist(), strict=True)
+        return neuronpedia.described(self.nodes, links, self.pieces, self.facts | {"slug": slug}, self.groups)
+
+    def neuronpedia(self, path: str | Path, slug: str | None = None) -> None:
+        """Writes the JSON that Neuronpedia and circuit-tracer's frontend open; prune first."""
+        files.write_json(Path(path), self.described(slug or Path(path).stem))
+
+    def page(self, path: str | Path, title: str = "What leads to what the model says") -> None:
+        """Writes one HTML file that needs no server; prune first, or it is large."""
+        tokens = np.flatnonzero(self.nodes.kind == TOKEN)
+        reach = dict(zip(self.nodes.position[tokens].tolist(), self.nodes.influence[tokens].tolist(), strict=True))
+        facts = self.facts | {"reach": reach}
+        text = page.render(title, self.described(Path(path).stem), self.fired, facts, self.grids)
+        files.write_bytes(Path(path), text.encode("utf-8", "backslashreplace"))
+
     def save(self, directory: str | Path) -> None:
         """graph.safetensors with the arrays, graph.json with all else."""
         directory = files.fresh_directory(Path(directory))
-        parts = {"nodes": self.nodes, "edges": self.edges}
+        parts = {"nodes": self.nodes, "edges": self.edges, "fired": self.fired}
         arrays = {
             f"{name}.{field.name}": np.ascontiguousarray(getattr(part, field.name))
             for name, part in parts.items()
@@ -130,6 +105,7 @@ class Graph:
             "pieces": self.pieces,
             "facts": self.facts,
             "groups": self.groups,
+            "grids": self.grids,
         }
         files.write_json(directory / FACTS, told)
 
@@ -146,8 +122,8 @@ class Graph:
             def part(name: str, cls: type) -> dict[str, np.ndarray]:
                 return {field.name: arrays[f"{name}.{field.name}"] for field in dataclasses.fields(cls)}
 
-            nodes, edges = Nodes(**part("nodes", Nodes)), Edges(**part("edges", Edges))
-            return cls(told["tokens"], told["pieces"], nodes, edges, told["facts"], told["groups"])
+            parts = Nodes(**part("nodes", Nodes)), Edges(**part("edges", Edges)), Features(**part("fired", Features))
+            return cls(told["tokens"], told["pieces"], *parts, *(told[name] for name in ("facts", "groups", "grids")))
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             if isinstance(error, InputError):
                 raise

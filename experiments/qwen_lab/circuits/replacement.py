@@ -14,23 +14,11 @@ import sae
 from qwen_eqx.model.frozen import Frozen, Passed, Stream, freeze
 from qwen_eqx.model.sites import Site
 from qwen_eqx.text.ids import bucket
+from qwen_lab.circuits.nodes import Features
 from qwen_lab.errors import InputError
 
 WIDTH = 16  # writes of one position that lie side by side: fewer cost more gathered rows, more cost more padding
 NORMED, PLAIN = "mlp_in", "resid_mid"  # what transcoders may read
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """The latents that fire, in the order of layer, position and latent."""
-
-    layer: Int[np.ndarray, " features"]
-    position: Int[np.ndarray, " features"]
-    latent: Int[np.ndarray, " features"]
-    value: Float[np.ndarray, " features"]
-
-    def __len__(self) -> int:
-        return len(self.layer)
 
 
 class Sources(eqx.Module):
@@ -99,17 +87,17 @@ class Replacement:
 
 def replace(model: qwen_eqx.Qwen, transcoders: sae.Transcoders, tokens: Sequence[int], first: int = 1) -> Replacement:
     """The local replacement model of this sequence; positions before `first` keep their MLPs."""
-    normed = _normed(model.config, transcoders)
+    config, normed = model.config, reads_norm(transcoders)
+    if (transcoders.n_layers, transcoders.d_model) != (config.layers, config.d_model):
+        found = f"{transcoders.n_layers} layers of width {transcoders.d_model}"
+        raise InputError(f"transcoders: found {found}, expected the model's {config.layers} of width {config.d_model}")
     frozen, passed = freeze(model, tokens)
     read = _read(frozen, passed, normed)
     features = _fired(transcoders, read, first)
-    skips = [transcoders.skip(layer) for layer in range(transcoders.n_layers)]
-    by_skip = np.zeros(passed.mid.shape, np.float32)
-    if any(skip is not None for skip in skips):
-        none = jnp.zeros((transcoders.d_model, transcoders.d_model), jnp.float32)
-        weights = jnp.stack([none if skip is None else jnp.asarray(skip, jnp.float32) for skip in skips])
-        frozen = frozen.with_skip(weights, normed)
-        by_skip = np.asarray(jnp.einsum("lsm,lmo->lso", read, weights))
+    by_skip, skips = np.zeros(passed.mid.shape, np.float32), skipping(transcoders)
+    if skips is not None:
+        frozen = frozen.with_skip(skips, normed)
+        by_skip = np.asarray(jnp.einsum("lsm,lmo->lso", read, skips))
     held = np.asarray(passed.mlp_out) - by_skip
     table = _Table(frozen.layers, len(tokens), transcoders.d_model)
     constant = len(features) + (frozen.layers + 1) * len(tokens)
@@ -131,17 +119,23 @@ def replace(model: qwen_eqx.Qwen, transcoders: sae.Transcoders, tokens: Sequence
     return Replacement(list(map(int, tokens)), frozen, passed, features, sources, numbers, made + by_skip, normed)
 
 
-def _normed(config: qwen_eqx.QwenConfig, transcoders: sae.Transcoders) -> bool:
-    """Whether they read the norm's output; raises for transcoders of another model's shape, or of other places."""
-    if (transcoders.n_layers, transcoders.d_model) != (config.layers, config.d_model):
-        found = f"{transcoders.n_layers} layers of width {transcoders.d_model}"
-        raise InputError(f"transcoders: found {found}, expected the model's {config.layers} of width {config.d_model}")
+def reads_norm(transcoders: sae.Transcoders) -> bool:
+    """Whether they read what the MLP's norm puts out, rather than the stream before it; raises for other places."""
     sites = [Site.spelled(f"blocks.0.{site}") for site in (transcoders.input_site, transcoders.output_site)]
     reads, writes = (None if site is None else site.kind for site in sites)
     if reads not in (NORMED, PLAIN) or writes != "mlp_out":
         found = f"'{transcoders.input_site}' to '{transcoders.output_site}'"
         raise InputError(f"transcoders: found {found}, expected hook_resid_mid or mlp.hook_in to hook_mlp_out")
     return reads == NORMED
+
+
+def skipping(transcoders: sae.Transcoders) -> Float[Array, "layers d_model d_model"] | None:
+    """The skips of all layers, zero where there is none; None where no layer has one."""
+    skips = [transcoders.skip(layer) for layer in range(transcoders.n_layers)]
+    if all(skip is None for skip in skips):
+        return None
+    none = jnp.zeros((transcoders.d_model, transcoders.d_model), jnp.float32)
+    return jnp.stack([none if skip is None else skip for skip in skips])
 
 
 @eqx.filter_jit

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 import qwen_eqx
 import sae
-from qwen_lab.circuits import graph, influence
-from qwen_lab.circuits.graph import Graph, Nodes
+from qwen_lab.circuits import influence, nodes
+from qwen_lab.circuits.graph import Graph
 from qwen_lab.circuits.influence import Edges
+from qwen_lab.circuits.nodes import Nodes
 from qwen_lab.circuits.replacement import Replacement, replace
 from qwen_lab.circuits.rows import direct_effects
 from qwen_lab.errors import InputError
@@ -157,7 +158,12 @@ def trace(
         visited[chosen] = True
         advance(len(chosen))
     pieces = [tokenizer.decode([token]) for token in tokens]
-    facts = {"active_features": fired, "traced_features": int(visited.sum())} | dataclasses.asdict(options)
+    said = {str(number): tokenizer.decode([int(number)]) for number in logits.ids}
+    facts = {
+        "logit_tokens": said,
+        "active_features": fired,
+        "traced_features": int(visited.sum()),
+    } | dataclasses.asdict(options)
     return assemble(tracer, np.flatnonzero(visited), pieces, facts)
 
 
@@ -176,18 +182,18 @@ def assemble(tracer: Tracer, chosen: Int[np.ndarray, " chosen"], pieces: list[st
         inner.append(Edges(source[~outside], target[~outside], part.weight[~outside]))
     edges = Edges.joined(inner)
     bias = tracer.bias[kept]
-    nodes = _nodes(tracer, chosen, bias, (sums + bias).astype(np.float32), left_out.astype(np.float32))
-    first = nodes.probability.astype(np.float64)
-    reached = influence.flow(edges, edges.shares(len(nodes)), first, nodes.layer) - first
-    nodes = dataclasses.replace(
-        nodes,
+    made = _nodes(tracer, chosen, bias, (sums + bias).astype(np.float32), left_out.astype(np.float32))
+    first = made.probability.astype(np.float64)
+    reached = influence.flow(edges, edges.shares(len(made)), first, made.layer) - first
+    made = dataclasses.replace(
+        made,
         influence=reached.astype(np.float32),
         cumulative=influence.cumulative(reached).astype(np.float32),
     )
-    errors, words = nodes.kind == graph.ERROR, nodes.kind == graph.TOKEN
-    replaced, complete = influence.scores(edges, first, nodes.layer, errors, words)
+    errors, words = made.kind == nodes.ERROR, made.kind == nodes.TOKEN
+    replaced, complete = influence.scores(edges, first, made.layer, errors, words)
     scores = {"replacement_score": replaced, "completeness_score": complete}
-    return Graph(r.tokens, pieces, nodes, edges, facts | scores)
+    return Graph(r.tokens, pieces, made, edges, r.features, facts | scores)
 
 
 def _nodes(
@@ -206,7 +212,7 @@ def _nodes(
         return np.concatenate([np.broadcast_to(part, (size,)) for part, size in zip(parts, sizes, strict=True)])
 
     return Nodes(
-        kind=joined(graph.FEATURE, graph.ERROR, graph.TOKEN, graph.LOGIT).astype(np.int8),
+        kind=joined(nodes.FEATURE, nodes.ERROR, nodes.TOKEN, nodes.LOGIT).astype(np.int8),
         layer=joined(fired.layer[chosen], np.repeat(np.arange(r.layers), seq), -1, r.layers).astype(np.int32),
         position=joined(fired.position[chosen], np.tile(places, r.layers), places, seq - 1).astype(np.int32),
         index=joined(fired.latent[chosen], -1, np.asarray(r.tokens), logits.ids).astype(np.int32),
