@@ -97,6 +97,51 @@ def decoder(
     return norm(0, "final", model.norm, x) @ array(head).T, sites
 
 
+def frozen_decoder(
+    model, tokens: Sequence[int], skip: Callable[[int, np.ndarray], np.ndarray] = lambda layer, mid: np.zeros_like(mid)
+):
+    """(embed, written) -> (x_mid of every block, the stream after the last), patterns and norm scales held, and both inputs.
+
+    `skip(layer, x_mid)` is added to what is written there: it is not held.
+    """
+    config, (_, sites), seq = model.config, decoder(model, tokens), len(tokens)
+    group = config.heads // config.kv_heads
+
+    def array(leaf) -> np.ndarray:
+        return np.asarray(leaf).astype(np.float64)
+
+    def heads(x: np.ndarray, norm) -> list[np.ndarray]:
+        parts = np.split(x, x.shape[1] // config.d_head, axis=1)
+        if norm is not None:
+            parts = [rms_norm(part, array(norm.weight), config.norm_eps) for part in parts]
+        return [np.stack([rotate(row, p, config.rope_theta) for p, row in enumerate(part)]) for part in parts]
+
+    def pattern(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        scores = np.where(np.tril(np.ones((seq, seq), bool)), q @ k.T / np.sqrt(config.d_head), -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    scales, patterns = [], []
+    for n, block in enumerate(model.blocks):
+        scales.append(1 / np.sqrt((sites[n, "resid_pre"] ** 2).mean(axis=1) + config.norm_eps))
+        q, k = heads(sites[n, "q"], block.attn.q_norm), heads(sites[n, "k"], block.attn.k_norm)
+        patterns.append([pattern(q[head], k[head // group]) for head in range(config.heads)])
+
+    def streams(embed: np.ndarray, written: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x, found = embed, []
+        for n, block in enumerate(model.blocks):
+            v = (x * scales[n][:, None] * array(block.attn_norm.weight)) @ array(block.attn.v.weight).T
+            v = v if block.attn.v.bias is None else v + array(block.attn.v.bias)
+            apart = np.split(v, config.kv_heads, axis=1)
+            z = np.concatenate([patterns[n][head] @ apart[head // group] for head in range(config.heads)], axis=1)
+            found.append(x + z @ array(block.attn.o.weight).T)
+            x = found[-1] + written[n] + skip(n, found[-1])
+        return np.stack(found), x
+
+    embed = array(model.embed.table)[list(tokens)]
+    return streams, embed, np.stack([sites[n, "mlp_out"] for n in range(config.layers)])
+
+
 def nucleus(probs: np.ndarray, p: float) -> np.ndarray:
     """The most probable tokens that together first reach p, and any as probable as the last of them; [vocab] booleans."""
     order = np.argsort(-probs, kind="stable")

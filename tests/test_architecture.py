@@ -17,6 +17,7 @@ ORDER = {
         "text": ["chat", "ids", "tokenizer"],
         "model": [
             "config", "sites", "layers", "rope", "cache", "causal", "attention", "edits", "room", "rows", "qwen", "effect",
+            "frozen",
         ],
         "reading": ["labelled", "lens", "attribution", "gradients", "patching", "paths"],
         "generation": [
@@ -58,6 +59,9 @@ ORDER = {
             "writing", "store_report", "extraction", "splicing", "sources", "evaluation", "figures", "heat",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
+        ],
+        "circuits": [
+            "nodes", "influence", "neuronpedia", "page", "graph", "replacement", "rows", "tracing", "intervening", "puzzles",
         ],
     },
 }  # fmt: skip

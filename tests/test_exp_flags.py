@@ -95,6 +95,7 @@ def test_every_list_takes_commas_and_spaces():
         "data",
         "stages",
         "exclude_tokens",
+        "hold",
     }
     for command, name, kind, _ in every_flag():
         several = typing.get_origin(kind.__origin__ if typing.get_origin(kind) is Annotated else kind) is tuple

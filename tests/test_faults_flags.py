@@ -26,6 +26,8 @@ TABLE = [  # command, flags ({file} is a path below)
     ("evaluate_sae", "--sae", "x" * 5000), ("evaluate_sae", "--sink-times", "1e-9"), ("evaluate_sae", "--limit", BIG),
     ("steer", "--strength", "1e300"), ("steer", "--strength", "nan"), ("steer", "--sae", "x" * 5000),
     ("steer", "--sae", "/no/such"), ("steer", "--limit", "0"),
+    ("trace_circuit", "--transcoders", "x" * 5000), ("trace_circuit", "--hold", "1_2_3"), ("trace_circuit", "--nodes", "2"),
+    ("trace_circuit", "--batch", "0"), ("trace_circuit", "--row", "-1"),
     ("transform_dataset", "--dataset", "x" * 5000 + ".jsonl"), ("transform_dataset", "--max-samples", BIG),
     ("train_sae", "--form", "relu", "--k", "3"), ("train_sae", "--form", "gated", "--k", "3"),
     ("train_sae", "--form", "relu", "--sweep", "k=3,5"), ("train_sae", "--form", "gated", "--sweep", "lr=1e-3", "k=3"),

@@ -37,6 +37,7 @@ Whole = Annotated[int, Within(0, MOST), tyro.conf.arg(metavar="0 to 10^9")]
 Seed = Annotated[int, Within(0, 2**63 - 1), tyro.conf.arg(metavar="0 to 2^63 - 1")]
 Weight = Annotated[float, Within(0.0, 1e6), tyro.conf.arg(metavar="0 to 1e6")]
 Strength = Annotated[float, Within(-1e6, 1e6), tyro.conf.arg(metavar="-1e6 to 1e6")]
+Share = Annotated[float, Within(0.0, 1.0), tyro.conf.arg(metavar="0 to 1")]
 Times = Annotated[float, Within(1.0, 1e6, or_zero=True), tyro.conf.arg(metavar="0, or 1 to 1e6")]
 
 

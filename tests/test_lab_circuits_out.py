@@ -1,0 +1,156 @@
+"""What becomes of a graph: features held at values, Neuronpedia's JSON, a page, the command."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trace_circuit
+from circuits_small import TOKENS, transcoders, whole
+from qwen_lab import circuits
+from qwen_lab.circuits import neuronpedia
+from qwen_lab.circuits.graph import Graph
+from qwen_lab.circuits.nodes import FEATURE, LOGIT
+from qwen_lab.errors import InputError
+from running import run
+from tolerances import LOGITS_F32
+
+
+def strongest(graph: Graph, count: int) -> list[str]:
+    nodes = graph.nodes
+    return [nodes.ids[n] for n in np.argsort(-nodes.influence) if nodes.kind[n] == FEATURE][:count]
+
+
+def test_with_all_else_frozen_logits_change_by_the_sum_of_edges():
+    (model, some), graph = transcoders("cross"), whole("cross")
+    nodes, held = graph.nodes, dict(zip(strongest(graph, 3), (0.0, 2.5, -1.0), strict=True))
+    outcome = circuits.intervene(model, some, graph, held)
+    for logit in np.flatnonzero(nodes.kind == LOGIT):
+        expected = 0.0
+        for name, value in held.items():
+            at = nodes.find(name)
+            edge = (graph.edges.source == at) & (graph.edges.target == logit)
+            expected += float(graph.edges.weight[edge].sum()) * (value / float(nodes.activation[at]) - 1)
+        change = outcome.frozen - outcome.plain
+        found = change[nodes.index[logit]] - change.mean()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert np.abs(outcome.free - outcome.plain).max() > 0.01
+
+
+def test_a_feature_held_at_its_own_value_changes_nothing_and_the_last_layers_go_straight_to_the_norm():
+    (model, some), graph = transcoders("cross"), whole("cross")
+    nodes = graph.nodes
+    same = {name: float(nodes.activation[nodes.find(name)]) for name in strongest(graph, 4)}
+    outcome = circuits.intervene(model, some, graph, same)
+    np.testing.assert_allclose(outcome.free, outcome.plain, **LOGITS_F32)
+    np.testing.assert_allclose(outcome.frozen, outcome.plain, **LOGITS_F32)
+    last = model.config.layers - 1
+    at = np.flatnonzero((nodes.kind == FEATURE) & (nodes.layer == last) & (nodes.position == len(TOKENS) - 1))[0]
+    x = model.run_with_capture(TOKENS, [f"blocks.{last}.hook_resid_post"])[1][f"blocks.{last}.hook_resid_post"][-1]
+    row = some.decoder_rows(last, np.asarray([nodes.index[at]]))[0, 0]
+    outcome = circuits.intervene(model, some, graph, {nodes.ids[at]: 0.0})
+    expected = model.logits(x - nodes.activation[at] * row)
+    np.testing.assert_allclose(outcome.free, expected, **LOGITS_F32)
+
+
+def test_a_group_is_held_as_its_members_and_what_is_no_feature_is_refused():
+    (model, some), graph = transcoders("cross"), whole("cross")
+    names = strongest(graph, 2)
+    grouped = dataclasses.replace(graph, groups={"rule": names})
+    one = circuits.intervene(model, some, grouped, {"rule": 0.0})
+    other = circuits.intervene(model, some, graph, dict.fromkeys(names, 0.0))
+    np.testing.assert_array_equal(one.free, other.free)
+    with pytest.raises(InputError, match="found '0_-1_3', expected a feature"):
+        circuits.intervene(model, some, graph, {"0_-1_3": 0.0})
+    with pytest.raises(InputError, match="found 'no', expected one of the graph's"):
+        circuits.intervene(model, some, graph, {"no": 0.0})
+    with pytest.raises(InputError, match="expected each feature once"):
+        circuits.intervene(model, some, grouped, {"rule": 0.0, names[0]: 1.0})
+
+
+def test_neuronpedias_json(tmp_path: Path):
+    graph = dataclasses.replace(whole("cross").prune(0.9), groups={"rule": strongest(whole("cross"), 2)})
+    graph.neuronpedia(tmp_path / "small.json")
+    told = json.loads((tmp_path / "small.json").read_text())
+    assert set(told) == {"metadata", "qParams", "nodes", "links"}
+    assert told["metadata"]["schema_version"] == 1
+    assert told["metadata"]["slug"] == "small"
+    assert told["metadata"]["node_threshold"] == 0.9
+    assert told["qParams"]["supernodes"] == [["rule", *strongest(whole("cross"), 2)]]
+    names = [node["node_id"] for node in told["nodes"]]
+    assert len(set(names)) == len(names)
+    assert {end for link in told["links"] for end in (link["source"], link["target"])} <= set(names)
+    assert len(told["links"]) == len(graph.edges)
+    layers = transcoders("cross")[0].config.layers
+    for node in told["nodes"]:
+        layer, index, position = node["node_id"].split("_")
+        assert node["ctx_idx"] == int(position)
+        if node["feature_type"] == "logit":
+            assert layer == node["layer"] == str(layers + 1)
+        elif node["feature_type"] == "embedding":
+            assert layer == "E"
+            assert int(index) == TOKENS[int(position)]
+        elif node["feature_type"] == "cross layer transcoder":
+            assert unpaired(node["feature"]) == (int(layer), int(index))
+        else:
+            assert index == "-1"
+    assert sum(node["is_target_logit"] for node in told["nodes"]) == 1
+
+
+def unpaired(number: int) -> tuple[int, int]:
+    """The two numbers whose Cantor pair this is."""
+    total = int((np.sqrt(8 * number + 1) - 1) // 2)
+    y = number - total * (total + 1) // 2
+    return total - y, y
+
+
+def test_cantors_pairs_are_told_apart():
+    pairs = [(x, y) for x in range(12) for y in range(12)]
+    assert [unpaired(neuronpedia.cantor(*pair)) for pair in pairs] == pairs
+
+
+def test_a_page_holds_its_graph_and_no_text_of_it_runs(tmp_path: Path):
+    graph = whole("cross").prune()
+    evil = "</script><script>alert(1)</script><!--"
+    grid = {"title": evil, "cells": [[0, 9]], "positions": [[2, -1]]}
+    pieces = [evil, *graph.pieces[1:]]
+    dataclasses.replace(graph, pieces=pieces, grids=[grid], facts=graph.facts | {"what": evil}).page(
+        tmp_path / "page.html", title=evil
+    )
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "alert(1)</script>" not in text
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])
+    assert len(data["links"]) == len(graph.edges)
+    assert data["metadata"]["prompt_tokens"] == pieces
+    assert data["grids"] == [grid]
+    for node in data["nodes"]:
+        if node["feature_type"] == "cross layer transcoder":
+            layer, latent, position = node["node_id"].split("_")
+            assert [int(position), pytest.approx(node["activation"], abs=1e-3)] in data["fires"][f"{layer}_{latent}"]
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
+    config = trace_circuit.Config(task="mirror-36", max_features=24, batch=16, out=tmp_path)
+    said = run(trace_circuit, config)
+    assert "the model says '3'" in said
+    graph = Graph.load(tmp_path)
+    assert graph.facts["traced_features"] == 24
+    assert graph.facts["model"] == "tiny-arc"
+    colours = [grid["cells"][0][1] for grid in graph.grids if grid["title"] == "right answer"]
+    assert [str(colour) for colour in colours] == list(graph.facts["logit_tokens"].values())
+    for grid in graph.grids:
+        for row, places in zip(grid["cells"], grid["positions"], strict=True):
+            for colour, place in zip(row, places, strict=True):
+                assert place < 0 or graph.pieces[place].strip() == str(colour)
+    assert len(graph.tokens) == len(graph.pieces)
+    assert set(trace_circuit.WRITTEN) <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="--hold: found '1_2', expected a node's name and a number"):
+        run(trace_circuit, dataclasses.replace(config, hold=("1_2",), out=tmp_path / "other"))
+    with pytest.raises(InputError, match="--task: found no 'nothing' in procedural/3-6, expected one of its tasks"):
+        run(trace_circuit, dataclasses.replace(config, task="nothing", out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
