@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from qwen_lab import allocation, bounds, files, flags, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
+from sae.errors import StorageFailed
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
 
@@ -42,7 +43,7 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
             main(arguments)
     except INPUT_ERRORS as error:
         _fail(BAD_INPUT, f"error: {error}")
-    except RunError as error:
+    except (RunError, StorageFailed) as error:
         _fail(BROKE, f"error: {error}")
     except stopping.Stopped:
         _fail(stopping.STOPPED, stopping.LINES[stopping.STOPPED])
