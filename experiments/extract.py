@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import qwen_eqx
 import sae
 from qwen_lab import (
     bounds,
+    claims,
     cli,
     corpora,
     files,
@@ -142,8 +143,11 @@ class Job:
 def main(config: Config) -> None:
     job = plan(config)
     config = job.config
-    with locks.claimed(job.beside, job.share), stopping.within(GRACE):
-        with nullcontext() if job.share is None else locks.turn(job.beside):
+    with locks.claimed(job.beside, job.share), claims.claimed(job.home, job.share), stopping.within(GRACE):
+        with ExitStack() as alone:
+            if job.share is not None:
+                alone.enter_context(locks.turn(job.beside))
+                alone.enter_context(claims.turn(job.home))
             writer = open_store(job)
         speed = fill(job, writer)
     cli.console.print(store_report.table(job.home, speed, verify=config.verify))
