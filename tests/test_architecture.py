@@ -51,7 +51,7 @@ ORDER = {
     "qwen_lab": {
         "": [
             "errors", "allocation", "bounds", "flags", "recipes", "stopping", "files", "extending", "locks", "provenance",
-            "cli", "claims", "tracking", "wording", "prompts", "completions", "corpus", "labels", "places", "texts",
+            "hosts", "cli", "claims", "tracking", "wording", "prompts", "completions", "corpus", "labels", "places", "texts",
             "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing", "rows", "space", "reading",
             "meter", "writing", "store_report", "extraction", "splicing", "sources", "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",

@@ -13,7 +13,7 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import allocation, bounds, files, flags, stopping
+from qwen_lab import allocation, bounds, files, flags, hosts, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 from sae.errors import StorageFailed
 
@@ -37,6 +37,7 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     try:
         with nullcontext() if stopping.installed() else stopping.held():
             bounds.check(arguments)
+            hosts.take_devices(arguments)
             _check_platform()
             _keep_compilations()
             allocation.keep()

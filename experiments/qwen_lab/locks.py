@@ -64,7 +64,8 @@ def claimed(directory: Path, share: Share | None = None) -> Iterator[Path]:
         with ExitStack() as held:
             held.enter_context(_held(directory / NAME, share, shared=share is not None))
             if share is not None:
-                _check_shares(directory, share)
+                with turn(directory):  # two that look at a dead run's lock at once would keep each other out
+                    _check_shares(directory, share)
                 held.enter_context(_held(directory / NAME.replace(".tmp", f"{share.suffix}.tmp"), share))
             yield directory
     finally:
