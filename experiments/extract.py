@@ -99,8 +99,6 @@ class Config(OfData, OfHosts):
     """Of weights, cache and activations."""
     seed: Seed = 0
     """Of the run. Greedy decoding draws nothing; --sample-rows does."""
-    workers_of: str | None = None
-    """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
     track: tracking.Track = "none"
     """Send the numbers of metrics.jsonl there too, as they come. It must be installed."""
     verify: bool = False
@@ -148,6 +146,9 @@ def main(config: Config) -> None:
     job = plan(config)
     config, manifest = job.config, planned(job)
     if job.hosts is not None:
+        cli.console.print(
+            f"process {job.hosts.number} of {job.hosts.processes}, waiting for all at {job.hosts.coordinator}"
+        )
         told = {**sae_files.flatten(manifest.to_json()), "git_revision": provenance.git_revision()}
         job.hosts.agree(told, job.home)
     with locks.claimed(job.beside, job.share), claims.claimed(job.home, job.share), stopping.within(GRACE):
@@ -168,8 +169,6 @@ def plan(config: Config) -> Job:
     bounds.check(config)
     tracking.check(config.track)
     share, found = None if config.workers_of is None else Share.parse(config.workers_of), Hosts.of(config)
-    if share is not None and found is not None:
-        raise InputError(f"--workers-of: found {share} in one of {found.processes} processes, expected one of the two")
     if found is not None:
         share = Share(found.number + 1, found.processes)
     model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))

@@ -1,4 +1,4 @@
-"""Runs extract.py in processes that die: `python kill_extract.py WHOLE LOCATION STEP KILLS FLAGS` prints the deaths it took.
+"""Runs extract.py in processes that die: `python kill_extract.py WHOLE LOCATION STEP KILLS FLAGS` prints how many died.
 
 WHOLE is written by a run that nobody interrupts. In LOCATION/counted a process is ended at its STEP-th moment (before or
 after a file operation, or one of the remote store's), the next one, which goes on, at its 2 STEP-th, until one gets
@@ -36,7 +36,9 @@ begin = time.perf_counter()
 while not run(f"{location}/counted", forks.dying(moments)):
     deaths, moments, begin = deaths + 1, moments + step, time.perf_counter()
 seconds = time.perf_counter() - begin  # of one that found some shards there
-for patience in np.random.default_rng(0).uniform(0.3, 1.0, kills):
-    deaths += not run(f"{location}/killed", kill_after=patience * seconds)
+killed = [
+    not run(f"{location}/killed", kill_after=patience * seconds)
+    for patience in np.random.default_rng(0).uniform(0.3, 1.0, kills)
+]
 assert run(f"{location}/killed")
-print(json.dumps(deaths))
+print(json.dumps({"counted": deaths, "killed": sum(killed)}))

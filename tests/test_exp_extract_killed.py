@@ -15,7 +15,7 @@ FLAGS = "--mode forward --limit 3 --layers 1 --items-per-shard 1 --model tiny-ra
 
 
 def killed(where: Path, location: str, step: int, kills: int) -> int:
-    """How often it died; raises unless the stores are an uninterrupted run's."""
+    """How many counted deaths it took; raises unless the stores are an uninterrupted run's."""
     own = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(where / "xla"), "XLA_FLAGS": ""}
     own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
     harness = [sys.executable, str(ROOT / "tests" / "kill_extract.py"), str(where / "whole"), location]
@@ -26,7 +26,7 @@ def killed(where: Path, location: str, step: int, kills: int) -> int:
     assert sum(name.startswith("shards/") for name in expected) == 6
     for name in ("counted", "killed"):
         assert contents(f"{location}/{name}") == expected
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)["counted"]
 
 
 def contents(location: str) -> dict[str, bytes]:
@@ -40,10 +40,10 @@ def contents(location: str) -> dict[str, bytes]:
 
 
 def test_on_a_disk(tmp_path: Path):
-    assert killed(tmp_path, str(tmp_path), 20, 1) >= 2
+    assert killed(tmp_path, str(tmp_path), 15, 1) >= 2
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_in_s3(bucket: str, tmp_path: Path):
     """Few deaths: each start of a process costs a second, and each request a few milliseconds."""
-    assert killed(tmp_path, bucket, 45, 1) >= 2
+    assert killed(tmp_path, bucket, 45, 1) >= 1

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import extract
 from qwen_lab import InputError, RunError, cli, hosts
 from qwen_lab.hosts import Hosts, OfHosts
 from running import ROOT, short_tasks
@@ -137,6 +136,8 @@ FLAGS_OF = [
 def test_flags_that_name_no_process_are_refused(said: tuple[str | None, int | None, int | None], line: str):
     with pytest.raises(InputError, match=line):
         Hosts.of(OfHosts(coordinator=said[0], processes=said[1], process_id=said[2]))
+    with pytest.raises(InputError, match="--workers-of: found 1/2 beside --processes, expected one of the two"):
+        Hosts.of(OfHosts(workers_of="1/2", processes=2))
 
 
 def test_flags_win_over_a_cluster_and_a_cluster_over_none(monkeypatch: pytest.MonkeyPatch):
@@ -152,8 +153,7 @@ def test_flags_win_over_a_cluster_and_a_cluster_over_none(monkeypatch: pytest.Mo
         assert found.coordinator.startswith("node3:")
         assert Hosts.of(OfHosts(processes=1)) is None
         assert Hosts.of(OfHosts(coordinator="h:1", processes=2, process_id=1)) == Hosts("h:1", 2, 1)
-        with pytest.raises(InputError, match="--workers-of: found 1/2 in one of 8 processes, expected one of the two"):
-            extract.plan(extract.Config(workers_of="1/2"))
+        assert Hosts.of(OfHosts(workers_of="1/2")) is None
         asked = []
         monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: asked.append((name, value)))
         hosts.take_devices(cli.console)

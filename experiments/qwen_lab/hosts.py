@@ -33,6 +33,8 @@ MOST_BYTES = 2**24  # of what one says
 class OfHosts:
     """Which process of several this one is."""
 
+    workers_of: str | None = None
+    """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
     coordinator: str | None = None
     """Address host:port of process 0, where several processes share a run. Any free port of it will do."""
     processes: CountOrNone = None
@@ -50,12 +52,14 @@ class Hosts(NamedTuple):
 
     @classmethod
     def of(cls, asked: OfHosts) -> "Hosts | None":
-        """As the flags say, else as a cluster does; None of a run that is alone."""
+        """As the flags say, else as a cluster does; None of a run that is alone, or knows its share only."""
         coordinator, processes, number = said = (asked.coordinator, asked.processes, asked.process_id)
         if processes == 1:
             return None
         if said == (None, None, None):
-            return _detected()
+            return _detected() if asked.workers_of is None else None
+        if asked.workers_of is not None:
+            raise InputError(f"--workers-of: found {asked.workers_of} beside --processes, expected one of the two")
         if coordinator is None or processes is None or number is None:
             raise InputError(f"--coordinator, --processes, --process-id: found {said}, expected all three or none")
         hosts = cls(coordinator, processes, number)
