@@ -1,4 +1,7 @@
-"""What keeping activations costs: extraction to disk beside the bare forward pass and transformers' hidden states."""
+"""What keeping activations costs: extraction to disk beside the bare forward pass and transformers' hidden states.
+
+And what reading them back does: rows a second, and the share of a dictionary's steps that waits for them.
+"""
 
 import dataclasses
 import statistics
@@ -6,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ from qwen_lab.meter import Meter
 from qwen_lab.passages import Passage
 from qwen_lab.reading import Reader
 from qwen_lab.writing import Background, Shards
+from sae import training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,12 @@ class Config:
     """Batches of a timing, each of which fills a shard."""
     repeats: int = 3
     """Timings without and with extraction, in turn; medians are shown."""
+    d_sae: int = 8192
+    """Latents of the TopK dictionary that is trained on what was kept at the last site."""
+    rows: int = 1024
+    """Rows of a batch that is read back, in a shuffled order."""
+    steps: int = 16
+    """Batches read back, and steps of the dictionary."""
     work: Path | None = None
     """Directory in which stores are written and removed; the system's for temporary files unless given."""
     peer_python: Path | None = None
@@ -64,13 +75,22 @@ def main(config: Config) -> None:
     print(f"Peer: {theirs['versions'] if theirs else 'not asked for (--peer-python)'}, batch 1, nothing written.\n")
     columns = ["tokens", "bare tok/s", "extraction tok/s", "of bare", "writing beside", "MB/s"]
     measure.table([*columns, "transformers tok/s", "× transformers' time"], rows)
+    measure.say("reading back")
+    measure.heading(
+        "Reading back", f"{config.shape}, {config.dtype}, one site of {config.layers}, TopK of {config.d_sae}"
+    )
+    columns = [
+        "rows of a batch",
+        "read and put on the device, rows/s",
+        "with steps, rows/s",
+        "of a step waiting for rows",
+    ]
+    measure.table(columns, [read_back(model, config)])
 
 
 def timings(model: Qwen, width: int, config: Config) -> tuple[float, float, Meter]:
     """Median seconds a token, bare and extracted, and the meter of the last extraction."""
-    last = model.config.layers
-    sites = Capture(layers=range(max(0, last - config.layers), last)).resolve(model.config)
-    reader = Reader(model, sites, config.batch_tokens)
+    reader = reader_of(model, config)
     together = reader.rows(reader.width(width))
     items = measure.random_prompts(model.config, together * config.batches, width)
     batches = [jnp.asarray(part) for part in items.reshape(config.batches, together, width)]
@@ -88,6 +108,66 @@ def timings(model: Qwen, width: int, config: Config) -> tuple[float, float, Mete
             whole.append(time.perf_counter() - begin)
     per_token = [statistics.median(each[1:]) / items.size for each in (bare, whole)]  # the first ones compile
     return per_token[0], per_token[1], meter
+
+
+def reader_of(model: Qwen, config: Config) -> Reader:
+    last = model.config.layers
+    sites = Capture(layers=range(max(0, last - config.layers), last)).resolve(model.config)
+    return Reader(model, sites, config.batch_tokens)
+
+
+def read_back(model: Qwen, config: Config) -> list[object]:
+    """A line of the table, of a store of the shortest items."""
+    reader, width = reader_of(model, config), min(config.prompts)
+    together = reader.rows(reader.width(width))
+    items = measure.random_prompts(model.config, max(together, 2 * -(-config.rows // width)), width)
+    with tempfile.TemporaryDirectory(dir=config.work) as directory:
+        passages = ((number, _passage(tokens.tolist())) for number, tokens in enumerate(items))
+        extract(reader, passages, sae.Plan(len(items), together), Path(directory))
+        store = sae.ActivationStore.open(Path(directory) / "store")
+        store = store.select(store.sites[-1])
+        alone = _alone(_batches(store, config), config)
+        both, waited = _trained(_batches(store, config), config)
+    rates = [f"{config.rows * config.steps / seconds:,.0f}" for seconds in (alone, both)]
+    return [config.rows, *rates, f"{waited / both:.1%}"]
+
+
+def _batches(store: sae.ActivationStore, config: Config) -> Iterator[Any]:
+    """Whole batches of one site's rows on the device, without end."""
+    drawn = (each.rows.activations[:, 0] for each in sae.shuffled(store, config.rows, epochs=None))
+    return sae.prefetched(rows for rows in drawn if len(rows) == config.rows)
+
+
+def _alone(batches: Iterator[Any], config: Config) -> float:
+    """Seconds in which the batches come where nothing else is done; the first one looks at every byte of its shards."""
+    next(batches)
+    begin = time.perf_counter()
+    for _ in range(config.steps):
+        jax.block_until_ready(next(batches))
+    return time.perf_counter() - begin
+
+
+def _trained(batches: Iterator[Any], config: Config) -> tuple[float, float]:
+    """Seconds of a dictionary's steps, and those of them in which it waited for rows; the first step compiles."""
+    first = next(batches)
+    module = sae.TopK.init(d_model=first.shape[1], d_sae=config.d_sae, k=min(32, config.d_sae), key=jax.random.key(0))
+    told = training.TrainConfig(steps=config.steps + 1)
+    waits = [0.0]
+
+    def watched() -> Iterator[Any]:
+        yield first
+        for _ in range(config.steps):
+            begin = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - begin)
+            yield batch
+
+    steps = training.fit(training.init(module, told, first.astype(jnp.float32)), watched(), told)
+    jax.block_until_ready(next(steps))
+    begin = time.perf_counter()
+    for each in steps:
+        jax.block_until_ready(each)
+    return time.perf_counter() - begin, sum(waits)
 
 
 def _passage(tokens: list[int]) -> Passage:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import qwen_eqx
 import sae
 from qwen_lab import (
     bounds,
+    claims,
     cli,
     corpora,
     files,
@@ -43,21 +44,24 @@ from qwen_lab.choosing import NEED_MARKS, Choice, Positions
 from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
 from qwen_lab.extraction import Extraction
+from qwen_lab.hosts import Hosts, OfHosts
 from qwen_lab.locks import Share
 from qwen_lab.meter import Meter
 from qwen_lab.passages import Corpus, Index, Passage
 from qwen_lab.reading import Reader
 from qwen_lab.writing import Background, Shards
+from sae import files as sae_files
 from sae import storage
 from sae.data.plan import PLACES
 
-FREE = ("out", "mesh", "batch_size", "workers_of", "verify", "track")  # what a run may be gone on with differently
+# what a run may be gone on with differently
+FREE = ("out", "mesh", "batch_size", "workers_of", "verify", "track", "coordinator", "processes", "process_id")
 FEW = Unsaid(6)
 GRACE = 23.0  # seconds from a signal to the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(meshes.OnMesh, OfData):
+class Config(meshes.OnMesh, OfData, OfHosts):
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
@@ -96,8 +100,6 @@ class Config(meshes.OnMesh, OfData):
     """Of weights, cache and activations."""
     seed: Seed = 0
     """Of the run. Greedy decoding draws nothing; --sample-rows does."""
-    workers_of: str | None = None
-    """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
     track: tracking.Track = "none"
     """Send the numbers of metrics.jsonl there too, as they come. It must be installed."""
     verify: bool = False
@@ -119,6 +121,7 @@ class Job:
     corpus: Corpus
     index: Index
     share: Share | None
+    hosts: Hosts | None  # this process and its fellows
 
     @property
     def forward(self) -> bool:
@@ -142,12 +145,23 @@ class Job:
 
 def main(config: Config) -> None:
     job = plan(config)
-    config = job.config
-    with locks.claimed(job.beside, job.share), stopping.within(GRACE):
-        with nullcontext() if job.share is None else locks.turn(job.beside):
-            writer = open_store(job)
+    config, manifest = job.config, planned(job)
+    if job.hosts is not None:
+        cli.console.print(
+            f"process {job.hosts.number} of {job.hosts.processes}, waiting for all at {job.hosts.coordinator}"
+        )
+        told = {**sae_files.flatten(manifest.to_json()), "git_revision": provenance.git_revision()}
+        job.hosts.agree(told, job.home)
+    with locks.claimed(job.beside, job.share), claims.claimed(job.home, job.share), stopping.within(GRACE):
+        with ExitStack() as alone:
+            if job.share is not None:
+                alone.enter_context(locks.turn(job.beside))
+                alone.enter_context(claims.turn(job.home))
+            writer = open_store(job, manifest)
         speed = fill(job, writer)
     cli.console.print(store_report.table(job.home, speed, verify=config.verify))
+    if writer.missing:
+        cli.console.print(f"{len(writer.missing)} shards are missing: of others at work, or given again it makes them")
     cli.console.print(f"next: python experiments/train_sae.py --source store --store {job.home}", markup=False)
 
 
@@ -155,7 +169,9 @@ def plan(config: Config) -> Job:
     """Everything that is known before the first byte is written; wrong flags and data raise here."""
     bounds.check(config)
     tracking.check(config.track)
-    share = None if config.workers_of is None else Share.parse(config.workers_of)
+    share, found = None if config.workers_of is None else Share.parse(config.workers_of), Hosts.of(config)
+    if found is not None:
+        share = Share(found.number + 1, found.processes)
     model, tokenizer = qwen_eqx.from_pretrained(
         config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
     )
@@ -170,7 +186,7 @@ def plan(config: Config) -> Job:
     room = config.context_length if config.mode == "forward" else model.config.max_seq - config.max_new_tokens
     corpus = corpora.corpus(config, tokenizer, min(room, config.context_length))
     cli.say_what_a_demo_is(config.model)
-    return Job(config, model, tokenizer, capture, choice, corpus, look_through(config, corpus, tokenizer), share)
+    return Job(config, model, tokenizer, capture, choice, corpus, look_through(config, corpus, tokenizer), share, found)
 
 
 def settled(config: Config) -> dict[str, Any]:
@@ -208,20 +224,24 @@ def check_same_item(config: Config, number: int, passage: Passage, said: Mapping
     raise InputError(f"{flag}: found {found} as item {number}, expected {expected} in {where}")
 
 
-def open_store(job: Job) -> sae.StoreWriter:
-    """The store of this run, new or gone on with; damaged shards are missing again with --verify."""
+def planned(job: Job) -> sae.Manifest:
+    """What the store of this run is to hold."""
     config, index = job.config, job.index
     columns = () if corpora.reads_texts(config) else PLACES
     origin = rows.Origin(
         config.model, config.revision, config.dtype, config.seed, settled(config), columns, index.digest
     )
-    manifest = rows.manifest(job.model, job.tokenizer, job.capture, index.plan, origin)
+    return rows.manifest(job.model, job.tokenizer, job.capture, index.plan, origin)
+
+
+def open_store(job: Job, manifest: sae.Manifest) -> sae.StoreWriter:
+    """The store of this run, new or gone on with; damaged shards are missing again with --verify."""
     there = sae.Manifest.there(job.home)
-    if config.verify and there is not None and _same_but_longer(there, manifest):
+    if job.config.verify and there is not None and _same_but_longer(there, manifest):
         for shard, problem in sae.StoreWriter.take_back_damaged(job.home).items():
             cli.console.print(f"shard {shard} is made again: {problem}", markup=False)
-    writer = rows.writer(job.home, manifest, next(iter(index.digests.values()), ""))
-    provenance.record_run(job.beside, config)
+    writer = rows.writer(job.home, manifest, next(iter(job.index.digests.values()), ""))
+    provenance.record_run(job.beside, job.config)
     if isinstance(job.home, str):
         (storage.place(job.home) / "run.json").put((job.beside / "run.json").read_bytes())
     return writer

@@ -105,9 +105,9 @@ def save_small(where: Path) -> str:
     return str(where)
 
 
-def short_tasks(where: Path) -> Path:
-    """Three tasks whose prompts need no cutting."""
-    tasks = sorted(arc.load_tasks("arc-agi-1/training"), key=lambda task: sum(p.input.size for p in task.train))[:3]
+def short_tasks(where: Path, count: int = 3) -> Path:
+    """So many tasks whose prompts need no cutting."""
+    tasks = sorted(arc.load_tasks("arc-agi-1/training"), key=lambda task: sum(p.input.size for p in task.train))[:count]
     arc.write_tasks(where / "tasks.json", tasks)
     return where / "tasks.json"
 

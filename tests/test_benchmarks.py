@@ -18,7 +18,8 @@ RUNS = {
     "sae_step": ["--calls", "1", "--members", "2"],
     "train": ["--batch", "2", "--seq", "17", "--steps", "1", "--repeats", "1"],
     "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],
-    "extract": ["--prompts", "20", "--layers", "1", "--batch-tokens", "64", "--batches", "2", "--repeats", "1"],
+    "extract": ["--prompts", "20", "--layers", "1", "--batch-tokens", "64", "--batches", "2", "--repeats", "1",
+                "--d-sae", "32", "--rows", "8", "--steps", "3"],
     "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
 }  # fmt: skip
 

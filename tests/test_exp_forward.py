@@ -340,6 +340,15 @@ def test_dictionaries_train_live_on_texts(tmp_path: Path):
     assert np.isfinite(results["sae"].metrics["fvu"])
     saved = json.loads((results["sae"].saved / "cfg.json").read_text())
     assert str(config.data[0]) in json.dumps(saved)
+    said = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["share_waiting"] < 1 for line in said)
+    texts(tmp_path, [*lines, "one more"])
+    jobs.train(config)  # it begins with what was there
+    texts(tmp_path, [lines[0], "another", *lines[2:]])
+    with pytest.raises(
+        InputError, match="--data, --tasks: found other items than this run began with, expected the same 18"
+    ):
+        jobs.train(config)
 
 
 def test_a_store_at_a_url_is_the_same(plain: extract.Config, tmp_path: Path, monkeypatch):

@@ -22,6 +22,7 @@ import sae
 from qwen_lab import bounds, cli, completions, files, jobs, provenance, stopping
 from qwen_lab.runs import Run
 from running import ROOT, small
+from sae.errors import StorageFailed
 from strategies import tasks
 
 EXPERIMENTS = ROOT / "experiments"
@@ -178,6 +179,11 @@ ENDS = {
     "model": (qwen_eqx.InputError("x"), 2, "error: x\n"),
     "puzzles": (arc.InputError("x"), 2, "error: x\n"),
     "dictionaries": (sae.InputError("x"), 2, "error: x\n"),
+    "storage": (
+        StorageFailed("s3://b/x", "read", 8, TimeoutError("two\nlines")),
+        1,
+        "error: s3://b/x: found 8 failures (",
+    ),
     "run": (qwen_lab.RunError("two\nlines"), 1, "error: two lines\n"),
     "stopped": (stopping.Stopped(), 75, "stopped: "),
     "interrupted": (KeyboardInterrupt(), 130, "interrupted: "),

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,20 @@ def test_without_flock_a_living_process_of_this_host_blocks(
 def test_the_same_process_is_kept_out_too(tmp_path: Path):
     with locks.claimed(tmp_path), pytest.raises(InputError, match=f"pid {os.getpid()} "), locks.claimed(tmp_path):
         pass
+
+
+def test_many_shares_find_a_dead_share_at_once(tmp_path: Path, monkeypatch):
+    real = locks.new_mark
+    monkeypatch.setattr(locks, "new_mark", lambda share: (time.sleep(0.02), real(share))[1])  # under the lock
+    for round in range(3):
+        (tmp_path / locks.NAME.replace(".tmp", "-2-of-2.tmp")).write_text("{}")
+        begin = threading.Barrier(3)
+
+        def work(number: int, begin: threading.Barrier = begin) -> None:
+            begin.wait(30)
+            with locks.claimed(tmp_path, locks.Share(number, 3)):
+                begin.wait(30)
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, (1, 2, 3)))
+        assert not list(tmp_path.iterdir()), round

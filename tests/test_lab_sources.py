@@ -9,6 +9,7 @@ import pytest
 import sae
 from qwen_lab import jobs, settings, sources
 from qwen_lab.errors import InputError
+from qwen_lab.seen import Seen
 from stores import MANIFEST, edit_json, write
 
 LONG = dataclasses.replace(MANIFEST, plan=sae.Plan(items=12, items_per_shard=1))
@@ -62,3 +63,21 @@ def test_damage_found_while_reading_ahead_is_raised_by_the_group_it_is_in(tmp_pa
     source.group(0)
     with pytest.raises(sae.InputError, match=r"000002\.safetensors: digest"):
         source.group(1)
+
+
+def test_a_replayed_store_of_other_items_or_weights_is_another(tmp_path):
+    def seen(name: str, manifest: sae.Manifest, **more) -> Seen:
+        write(tmp_path / name, manifest)
+        return stored(sae.ActivationStore.open(tmp_path / name), **more).seen
+
+    first = seen("first", LONG).said
+    assert first["items"] == 12
+    longer = dataclasses.replace(LONG, plan=sae.Plan(items=14, items_per_shard=1))
+    seen("longer", longer).check(first, "--store")
+    seen("again", dataclasses.replace(LONG, plan=sae.Plan(12, 3))).check(first, "--store")
+    for other in (MANIFEST, dataclasses.replace(LONG, weights_digest="sha256:w")):
+        with pytest.raises(InputError, match="--store: found other items than this run began with"):
+            seen(f"other{other.plan.items}", other).check(first, "--store")
+    with pytest.raises(InputError):
+        seen("first", LONG).check({"items": "12", "digest": None}, "--store")
+    assert seen("part", LONG, partial=True).said["items"] == 0  # it grows while it is read

@@ -3,8 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import jax
@@ -170,38 +168,6 @@ def test_copies_of_remote_shards_leave_the_disk_with_their_arrays(memory, monkey
     for _ in range(2):
         same(store[:], sae.Rows.concatenate([shard_rows(MANIFEST, shard) for shard in range(3)]))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"), timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.1)
-        yield "s3://bucket/prefix"
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.mark.filterwarnings("ignore")

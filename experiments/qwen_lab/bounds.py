@@ -34,6 +34,7 @@ MOST = 10**9
 Count = Annotated[int, Within(1, MOST), tyro.conf.arg(metavar="1 to 10^9")]
 CountOrNone = Annotated[int | None, Within(1, MOST), tyro.conf.arg(metavar="1 to 10^9, or None")]
 Whole = Annotated[int, Within(0, MOST), tyro.conf.arg(metavar="0 to 10^9")]
+WholeOrNone = Annotated[int | None, Within(0, MOST), tyro.conf.arg(metavar="0 to 10^9, or None")]
 Seed = Annotated[int, Within(0, 2**63 - 1), tyro.conf.arg(metavar="0 to 2^63 - 1")]
 Weight = Annotated[float, Within(0.0, 1e6), tyro.conf.arg(metavar="0 to 1e6")]
 Strength = Annotated[float, Within(-1e6, 1e6), tyro.conf.arg(metavar="-1e6 to 1e6")]

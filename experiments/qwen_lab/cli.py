@@ -13,8 +13,9 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import allocation, bounds, files, flags, stopping
+from qwen_lab import allocation, bounds, files, flags, hosts, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
+from sae.errors import StorageFailed
 
 DONE, BROKE, BAD_INPUT = 0, 1, 2
 
@@ -36,13 +37,14 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     try:
         with nullcontext() if stopping.installed() else stopping.held():
             bounds.check(arguments)
+            hosts.take_devices(arguments)
             _check_platform()
             _keep_compilations()
             allocation.keep()
             main(arguments)
     except INPUT_ERRORS as error:
         _fail(BAD_INPUT, f"error: {error}")
-    except RunError as error:
+    except (RunError, StorageFailed) as error:
         _fail(BROKE, f"error: {error}")
     except stopping.Stopped:
         _fail(stopping.STOPPED, stopping.LINES[stopping.STOPPED])

@@ -5,10 +5,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qwen_lab import files
 from qwen_lab.errors import InputError, full
@@ -64,7 +64,8 @@ def claimed(directory: Path, share: Share | None = None) -> Iterator[Path]:
         with ExitStack() as held:
             held.enter_context(_held(directory / NAME, share, shared=share is not None))
             if share is not None:
-                _check_shares(directory, share)
+                with turn(directory):  # two that look at a dead run's lock at once would keep each other out
+                    _check_shares(directory, share)
                 held.enter_context(_held(directory / NAME.replace(".tmp", f"{share.suffix}.tmp"), share))
             yield directory
     finally:
@@ -111,11 +112,15 @@ def _open(path: Path, share: Share | None, shared: bool, wait: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)  # a run that ended meanwhile took the file away
-    mark = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    mark |= {} if share is None else {"share": str(share)}
     os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(mark).encode(), 0)
+    os.pwrite(handle, json.dumps(new_mark(share)).encode(), 0)
     return handle
+
+
+def new_mark(share: Share | None) -> dict[str, Any]:
+    """What this run says of itself."""
+    mark = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    return mark | ({} if share is None else {"share": str(share)})
 
 
 def _lock(handle: int, shared: bool = False, wait: bool = False) -> bool:
@@ -129,9 +134,9 @@ def _lock(handle: int, shared: bool = False, wait: bool = False) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-    mark = _read(os.pread(handle, 4096, 0))
+    mark = read_mark(os.pread(handle, 4096, 0))
     shares = shared and "share" in mark
-    return wait or shares or mark.get("host") != socket.gethostname() or not _lives(mark.get("pid"))
+    return wait or shares or mark.get("host") != socket.gethostname() or not lives(mark.get("pid"))
 
 
 def _alone(handle: int) -> bool:
@@ -150,7 +155,8 @@ def _check_shares(directory: Path, share: Share) -> None:
                 pass
 
 
-def _lives(pid: object) -> bool:
+def lives(pid: object) -> bool:
+    """Whether there is such a process here."""
     try:
         os.kill(pid, 0) if isinstance(pid, int) and pid > 0 else None
     except PermissionError:
@@ -160,7 +166,8 @@ def _lives(pid: object) -> bool:
     return isinstance(pid, int) and pid > 0
 
 
-def _read(data: bytes) -> dict[str, object]:
+def read_mark(data: bytes) -> dict[str, object]:
+    """What a run said of itself; nothing where that cannot be read."""
     try:
         return dict(json.loads(data))
     except (ValueError, TypeError):
@@ -169,11 +176,14 @@ def _read(data: bytes) -> dict[str, object]:
 
 def _taken(path: Path) -> InputError:
     try:
-        mark = _read(path.read_bytes())
+        mark = read_mark(path.read_bytes())
     except OSError:
         mark = {}
+    return taken(str(path.parent), mark)
+
+
+def taken(where: str, mark: Mapping[str, object]) -> InputError:
+    """That a run with this mark is at work there."""
     share = f"with --workers-of {mark['share']} " if "share" in mark else ""
     who = f"{share}pid {mark.get('pid', '?')} on {mark.get('host', '?')} since {mark.get('since', '?')}"
-    return InputError(
-        f"--out {path.parent}: found another run at work there ({who}), expected none: name another --out"
-    )
+    return InputError(f"--out {where}: found another run at work there ({who}), expected none: name another --out")

@@ -15,6 +15,7 @@ from qwen_eqx.model.room import free_device_bytes
 from qwen_lab import evaluation, extending, files, provenance, sources, stopping, tracking
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
+from qwen_lab.seen import Seen
 from qwen_lab.settings import EARLIER, RAISABLE, RunConfig, form_of, k_of, settled, training_flags
 from qwen_lab.sweeps import Member
 from sae import training
@@ -105,7 +106,8 @@ class Run:
         self.training = source.training - kept_back
         self.step, self.next_group, self.fresh = 0, 0, True
         self.history: list[dict[str, Any]] = []
-        self.seconds = {"model": 0.0, "buffer": 0.0, "SAE": 0.0}
+        self.feed = "store" if config.source == "store" else "model"  # what is waited for when rows are
+        self.seconds = {self.feed: 0.0, "buffer": 0.0, "SAE": 0.0}
         self.stopping = False
 
     @classmethod
@@ -120,6 +122,7 @@ class Run:
             (run.state, run.rows), cursor, run.step = checkpoint.load(run.directory, (run.state, run.rows))
             run._check_whole(cursor)
             run._check_same(cursor["config"])
+            source.seen.check(cursor.get("data", Seen().said), source.flags)  # earlier versions kept none
             run.next_group, run.history, run.fresh = cursor["next_group"], cursor["history"], False
         provenance.record_run(config.out, config)
         return run
@@ -158,7 +161,7 @@ class Run:
             taken = measured.loss.shape[-1]
             self.step += taken
             self._remember(measured)
-            feeding = sum(self.seconds[name] - spent[name] for name in ("model", "buffer"))
+            feeding = sum(self.seconds[name] - spent[name] for name in (self.feed, "buffer"))
             self.seconds["SAE"] += time.perf_counter() - begin - feeding
             begin, spent = time.perf_counter(), dict(self.seconds)
             low, high = min(self.history[-1]["fvu"]), max(self.history[-1]["fvu"])
@@ -183,7 +186,7 @@ class Run:
         means["dead"] = measured.dead[..., -1]
         lists = {name: jnp.atleast_1d(values).tolist() for name, values in means.items()}
         self.history.append({"step": self.step} | lists)
-        self.log.add(self.history[-1])
+        self.log.add(self.history[-1] | {"share_waiting": round(self._share(self.feed), 4)})
 
     def _due(self, taken: int) -> bool:
         every = self.config.checkpoint_every
@@ -208,7 +211,7 @@ class Run:
         call = self.config.batch_size * self.config.steps_per_call
         dry = 0
         while (size := int(self.rows.size)) < self.rows.capacity // 2 + call and not self._asked():
-            with self._timed("model"):
+            with self._timed(self.feed):
                 group = self.source.group(self.next_group % self.training)
                 group.rows.block_until_ready()
             self.next_group += 1
@@ -240,13 +243,14 @@ class Run:
 
     def _save(self) -> None:
         cursor = {"config": settled(self.config), "next_group": self.next_group, "history": self.history}
+        cursor["data"] = self.source.seen.said
         cursor["digest"] = files.digest(cursor)
         checkpoint.save(self.directory, self.step, (self.state, self.rows), cursor, keep=2)
 
     def _check_whole(self, cursor: dict[str, Any]) -> None:
         """Raises unless the cursor is the one that was saved; what was saved before cursors had a digest is believed."""
         said = {name: value for name, value in cursor.items() if name != "digest"}
-        kinds = {"config": dict, "next_group": int, "history": list}
+        kinds = {"config": dict, "next_group": int, "history": list} | ({"data": dict} if "data" in said else {})
         whole = all(isinstance(said.get(name), kind) for name, kind in kinds.items())
         if not whole or cursor.get("digest", files.digest(said)) != files.digest(said):
             where = self.directory / f"{self.step:08d}" / "state.json"
@@ -269,10 +273,13 @@ class Run:
     def _timed(self, what: str) -> "Stopwatch":
         return Stopwatch(self.seconds, what)
 
+    def _share(self, what: str) -> float:
+        """Of the seconds that this process has spent in the loop."""
+        return self.seconds[what] / (sum(self.seconds.values()) or 1.0)
+
     def shares(self) -> str:
         """Where the time went."""
-        total = sum(self.seconds.values()) or 1.0
-        parts = ", ".join(f"{name} {seconds / total:.0%} ({seconds:.1f} s)" for name, seconds in self.seconds.items())
+        parts = ", ".join(f"{name} {self._share(name):.0%} ({seconds:.1f} s)" for name, seconds in self.seconds.items())
         return f"share of the time: {parts}; compilation included"
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Result]:

@@ -24,6 +24,7 @@ from qwen_lab.errors import InputError
 from qwen_lab.passages import Corpus, Index, Passage
 from qwen_lab.prompts import Item
 from qwen_lab.reading import Reader
+from qwen_lab.seen import Seen
 from sae.data import buffer
 
 
@@ -56,12 +57,16 @@ class Source(Protocol):
     tasks_read: int  # held-out ones included
     positions: str  # which positions of an item are rows: all, or generated
     largest: int  # rows a group may bring at most
+    seen: Seen  # its items; none of what is meant to change under a run
+    flags: str  # that name what is read
 
     def group(self, number: int) -> Group: ...
 
 
 class Live:
     """Groups made by a model that continues prompts, one pass for all sites; they never leave its device."""
+
+    flags = "--data, --tasks"
 
     def __init__(
         self,
@@ -81,6 +86,9 @@ class Live:
         tasks = [item.task.id for item in items]
         first, self.held_out_tasks = split(tasks, held_out)
         self.tasks_read, self.positions = len(set(tasks)), "all"
+        self.seen = Seen()
+        for item in items:
+            self.seen.add(item.tokens, item.task.id, item.test)
         self.groups = [items[part] for part in _parts(len(items), first, prompts)]
         self.training = len(list(_parts(first, first, prompts)))
         self.held_out = len(self.groups) - self.training
@@ -118,15 +126,18 @@ class Forward:
     The data are gone through once to count them, and are read again group by group: only what is held out is kept.
     """
 
+    flags = "--data, --tasks"
+
     def __init__(self, model: qwen_eqx.Qwen, corpus: Corpus, *, held_out: int, sites: tuple[str, ...], prompts: int):
         self.sites, self.d_model, self.dtype = sites, model.config.d_model, jnp.dtype(model.dtype)
         self.model, self.corpus, self.prompts, self.positions = model, corpus, prompts, "all"
         self.places = qwen_eqx.Capture(sites=sites).resolve(model.config)
         last: collections.deque[tuple[str, list[list[int]]]] = collections.deque(maxlen=held_out)
-        names = 0
+        names, self.seen = 0, Seen()
 
         def seen(number: int, passage: Passage) -> None:
             nonlocal names
+            self.seen.add(passage.tokens, passage.name)
             name = str(passage.said.get("task", passage.said.get("record")))
             if not last or last[-1][0] != name:
                 names += 1
@@ -177,6 +188,8 @@ def _stacked(values: tuple[Array, ...], lengths: Array) -> Group:
 class Stored:
     """Groups read back from a store that `extract.py` wrote, as many items at a time as the live run has prompts."""
 
+    flags = "--store"
+
     def __init__(
         self,
         store: sae.ActivationStore,
@@ -200,6 +213,9 @@ class Stored:
         tasks = [str(said[number].get("task", said[number].get("record", number))) for number in numbers]
         first, self.held_out_tasks = split(tasks, held_out)
         self.tasks_read, self.positions = len(set(tasks)), str(store.manifest.config.get("positions", "all"))
+        self.seen = Seen()
+        for number in () if partial else numbers:  # a part grows while it is read
+            self.seen.add([], store.manifest.weights_digest, len(spans[number]), said[number])
         parts = [numbers[part] for part in _parts(len(numbers), first, prompts)]
         self.ranges = [(spans[part[0]].start, spans[part[-1]].stop) for part in parts]
         self.training = len(list(_parts(first, first, prompts)))

@@ -31,6 +31,7 @@ class _State:
     installed = False
     holders = 0
     asked: int | None = None
+    failed: BaseException | None = None
     grace: float | None = None  # seconds from a signal to the end, whoever looks for it
     counts: ClassVar = [0, 0]  # signals seen by the handler and by the thread that watches
     lock = threading.RLock()  # a handler may interrupt a handler
@@ -57,7 +58,7 @@ def held() -> Iterator[None]:
     """Inside the with block a signal waits for `check`; one that nobody looked for is raised at its end."""
     before = {}
     if not _State.holders:
-        _State.asked = None
+        _State.asked = _State.failed = None
         if (
             not _State.installed and threading.current_thread() is threading.main_thread()
         ):  # Python handles it only there
@@ -83,15 +84,23 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether a signal waits for `check`."""
-    return _State.asked is not None
+    """Whether a signal or a failure waits for `check`."""
+    return _State.asked is not None or _State.failed is not None
+
+
+def fail(error: BaseException) -> None:
+    """Ends what the main thread does at its next `check`: for a thread that finds a reason."""
+    _State.failed = error
 
 
 def check() -> None:
-    """Raises what waits: Stopped after SIGTERM, KeyboardInterrupt after Ctrl-C."""
+    """Raises what waits: Stopped after SIGTERM, KeyboardInterrupt after Ctrl-C, or why a thread had to fail."""
     number, _State.asked = _State.asked, None
+    error, _State.failed = _State.failed, None
     if number is not None:
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+    if error is not None:
+        raise error
 
 
 def leave(code: int) -> NoReturn:
