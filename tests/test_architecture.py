@@ -34,7 +34,7 @@ ORDER = {
     },
     "sae": {
         "": ["errors", "files", "storage", "shown"],
-        "codes": ["select", "products"],
+        "codes": ["across", "select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
             "crosscoder", "clamped",
@@ -42,7 +42,7 @@ ORDER = {
         "data": [
             "plan", "rows", "shards", "store", "writer", "shuffle", "prefetch", "statistics", "buffer", "synthetic",
         ],
-        "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
+        "training": ["config", "state", "sharding", "step", "loop", "sweep", "checkpoint"],
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
         ],

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sae import shown
+from sae.codes import across
 
 _GROUP = 32  # neighbours compared at once by top_k
 
@@ -37,7 +38,10 @@ def keep_largest(values: Float[Array, "batch candidates"], count: Int[Array, ""]
     Non-negative floats are ordered as their bits are, so counting bits finds the last value that is kept.
     """
     bits = lax.bitcast_convert_type(values, jnp.int32)
-    least = _by_histograms(bits, count) if jax.default_backend() == "cpu" else _bit_by_bit(bits, count)
+    # on a mesh what is exchanged counts, and a histogram's flat places would take all values to every device
+    alone = across.spread(*values.shape) == across.UNDIVIDED
+    quick = alone and jax.default_backend() == "cpu"
+    least = _by_histograms(bits, count) if quick else _bit_by_bit(bits, count)
     above, tied = bits > least, bits == least
     room = count - jnp.sum(above.astype(jnp.int32))
     # a running count of all places would take longer than all of that: only one row keeps some of its ties, not all
