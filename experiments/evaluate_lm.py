@@ -20,14 +20,14 @@ from rich.table import Table
 import arc
 import qwen_eqx
 from arc.generators import COMPOSITIONS, FAMILIES
-from qwen_lab import bounds, cli, exams, figures, files, flags, locks, provenance, wording
+from qwen_lab import bounds, cli, exams, figures, files, flags, locks, meshes, provenance, wording
 from qwen_lab.bounds import Count, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.lm_settings import HELD_OUT_FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
@@ -66,7 +66,9 @@ def main(config: Config) -> None:
         if name not in FAMILIES:
             raise InputError(f"--held-out-families: found {name!r}, expected some of {', '.join(FAMILIES)}")
     asked = questions(config)
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.float32)
+    model, tokenizer = qwen_eqx.from_pretrained(
+        config.model, revision=config.revision, dtype=jnp.float32, mesh=config.open_mesh()
+    )
     config = wording.filled(config, tokenizer)
     with locks.claimed(config.out):
         files.expect_files(config.out, "metrics.json", "families.svg")

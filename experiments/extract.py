@@ -27,6 +27,7 @@ from qwen_lab import (
     files,
     flags,
     locks,
+    meshes,
     passages,
     places,
     provenance,
@@ -50,13 +51,13 @@ from qwen_lab.writing import Background, Shards
 from sae import storage
 from sae.data.plan import PLACES
 
-FREE = ("out", "batch_size", "workers_of", "verify", "track")  # what a run may be gone on with differently
+FREE = ("out", "mesh", "batch_size", "workers_of", "verify", "track")  # what a run may be gone on with differently
 FEW = Unsaid(6)
 GRACE = 23.0  # seconds from a signal to the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(OfData):
+class Config(meshes.OnMesh, OfData):
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
@@ -155,7 +156,9 @@ def plan(config: Config) -> Job:
     bounds.check(config)
     tracking.check(config.track)
     share = None if config.workers_of is None else Share.parse(config.workers_of)
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    model, tokenizer = qwen_eqx.from_pretrained(
+        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
+    )
     config = corpora.resolved(wording.filled(config, tokenizer), model.config)
     excluded = tuple(int(word) if word.isdecimal() else tokenizer.token_to_id(word) for word in config.exclude_tokens)
     choice = Choice(config.positions, excluded, config.sink_times, config.sample_rows, config.seed)

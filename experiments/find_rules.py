@@ -19,13 +19,13 @@ import numpy as np
 from rich.table import Column, Table
 
 import qwen_eqx
-from qwen_lab import bounds, cli, corpus, figures, files, flags, locks, provenance, rules, wording
+from qwen_lab import bounds, cli, corpus, figures, files, flags, locks, meshes, provenance, rules, wording
 from qwen_lab.bounds import Seed, Whole
 from qwen_lab.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
@@ -56,7 +56,9 @@ def main(config: Config) -> None:
         raise InputError(
             f"--tasks-per-family: found {config.tasks_per_family}, expected at least 8: half of them measure"
         )
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.float32)
+    model, tokenizer = qwen_eqx.from_pretrained(
+        config.model, revision=config.revision, dtype=jnp.float32, mesh=config.open_mesh()
+    )
     config = wording.filled(config, tokenizer)
     with locks.claimed(config.out):
         files.expect_files(config.out, "run.json", "rules.json", "rules.svg")

@@ -28,6 +28,7 @@ from qwen_lab import (
     files,
     flags,
     locks,
+    meshes,
     places,
     predictions,
     prompts,
@@ -45,13 +46,13 @@ from qwen_lab.errors import InputError
 from qwen_lab.predictions import RESCORED, Line
 from sae.data.plan import PLACES
 
-FREE = ("out", "report_tasks")  # what a run may be gone on with differently; so may `select`, but for rescoring
+FREE = ("out", "mesh", "report_tasks")  # what a run may be gone on with differently; so may `select`, but for rescoring
 Answered = list[tuple[Question, list[Answer]]]
 RESCORED_MOST = 8  # candidates of one test input that are scored again, the most frequent
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     revision: str | None = None
@@ -114,7 +115,9 @@ class Config:
 
 def main(config: Config) -> None:
     check(config)
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    model, tokenizer = qwen_eqx.from_pretrained(
+        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
+    )
     config = wording.filled(config, tokenizer)
     tasks = list(itertools.islice(arc.iter_tasks(config.tasks, solutions=config.solutions), config.limit))
     if not tasks:

@@ -47,6 +47,8 @@ from qwen_eqx.model.effect import effects as effects
 from qwen_eqx.model.qwen import Qwen as Qwen
 from qwen_eqx.model.sites import Capture as Capture
 from qwen_eqx.model.sites import Site as Site
+from qwen_eqx.sharding import make_mesh as make_mesh
+from qwen_eqx.sharding import shard as shard
 from qwen_eqx.text.tokenizer import Tokenizer as Tokenizer
 from qwen_eqx.weights.hf import from_pretrained as from_pretrained
 from qwen_eqx.weights.hf import save_pretrained as save_pretrained

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # folder the files above them in it. A folder's own `__init__` stands behind its files, the package's is last.
 ORDER = {
     "qwen_eqx": {
-        "": ["errors", "files", "shown"],
+        "": ["errors", "files", "shown", "sharding"],
         "text": ["chat", "ids", "tokenizer"],
         "model": [
             "config", "sites", "layers", "rope", "cache", "causal", "attention", "edits", "room", "rows", "qwen", "effect",
@@ -51,9 +51,9 @@ ORDER = {
     "qwen_lab": {
         "": [
             "errors", "allocation", "bounds", "flags", "recipes", "stopping", "files", "extending", "locks", "provenance",
-            "cli", "tracking", "wording", "prompts", "completions", "corpus", "labels", "places", "texts", "loading",
-            "marks", "passages", "prose", "puzzles", "corpora", "choosing", "rows", "space", "reading", "meter", "writing",
-            "store_report", "extraction", "splicing", "sources", "evaluation", "figures",
+            "cli", "meshes", "tracking", "wording", "prompts", "completions", "corpus", "labels", "places", "texts",
+            "loading", "marks", "passages", "prose", "puzzles", "corpora", "choosing", "rows", "space", "reading", "meter",
+            "writing", "store_report", "extraction", "splicing", "sources", "evaluation", "figures",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],

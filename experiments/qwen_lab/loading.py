@@ -14,6 +14,7 @@ import sae
 from qwen_lab import places, wording
 from qwen_lab.bounds import Whole
 from qwen_lab.errors import InputError
+from qwen_lab.meshes import OnMesh
 from qwen_lab.places import Dictionary, Place
 
 UNSEEN = "arc-agi-1/evaluation"
@@ -21,7 +22,7 @@ EMBEDDED = "tiny-arc/blocks.3.hook_resid_post"  # what commands take that were g
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnModel:
+class OnModel(OnMesh):
     """The flags of what puts SAEs into a model; unless said, an SAE's metadata name the model, the place and the tasks."""
 
     model: str | None = None
@@ -51,7 +52,9 @@ class OnModel:
         if self.model is None and len(names) != 1:
             raise InputError(f"--sae: found SAEs of {', '.join(sorted(names))}, expected one model's, or --model")
         name = self.model or names.pop()
-        model, tokenizer = qwen_eqx.from_pretrained(name, revision=self.revision, dtype=jnp.dtype(self.dtype))
+        model, tokenizer = qwen_eqx.from_pretrained(
+            name, revision=self.revision, dtype=jnp.dtype(self.dtype), mesh=self.open_mesh()
+        )
         return model, tokenizer, name
 
     def place(self, config: qwen_eqx.QwenConfig, module: sae.AbstractDictionary, metadata: Mapping[str, Any]) -> Place:

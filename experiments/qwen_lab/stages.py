@@ -12,7 +12,7 @@ from qwen_lab.errors import InputError
 
 FILE = "stages.json"
 HERE = "OUT"  # in flags: OUT/extract is the directory of the stage extract
-FREE = ("out", "track")  # flags that change no result
+FREE = ("out", "mesh", "track")  # flags that change no result
 SOURCES = ("dataset", "model", "tasks", "data")  # flags that may name a file or a directory that somebody changes
 
 

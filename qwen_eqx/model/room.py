@@ -1,6 +1,8 @@
 """How much memory is free, asked before anything is allocated."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,13 +15,18 @@ def check_room(what: str, needed: int, free: int | None, lower: str) -> None:
         raise InputError(f"memory: {what} do not fit in the {free / 1e6:,.1f} MB that are free; lower {lower}")
 
 
-def free_device_bytes() -> int | None:
-    """Free memory of the first device; None where the platform does not say."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return _free_host_bytes()
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None
+def free_device_bytes(devices: Sequence[Any] | None = None) -> int | None:
+    """Free memory of the first device, or of the fullest of several; None where the platform does not say."""
+    devices = jax.local_devices()[:1] if devices is None else devices
+    if not devices:
+        return None
+    if devices[0].platform == "cpu":  # they share the host's
+        free = _free_host_bytes()
+        return None if free is None else free // len(devices)
+    stats = [device.memory_stats() or {} for device in devices]
+    if any(not {"bytes_limit", "bytes_in_use"} <= each.keys() for each in stats):
+        return None
+    return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
 
 
 def _free_host_bytes() -> int | None:

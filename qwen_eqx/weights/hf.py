@@ -1,5 +1,6 @@
 """Hugging Face directories in and out: one table of names, every problem listed at once, nothing half-written."""
 
+import contextlib
 import errno
 import json
 import re
@@ -13,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
+from qwen_eqx import sharding
 from qwen_eqx.errors import DiskFull, InputError
 from qwen_eqx.files import fsync_directory, give_name, is_lfs_pointer, local_path, temporary_name, writing
 from qwen_eqx.model.config import QwenConfig
 from qwen_eqx.model.qwen import Qwen
+from qwen_eqx.model.room import free_device_bytes
 from qwen_eqx.text.tokenizer import Tokenizer
 from qwen_eqx.weights.hub import CONFIG, INDEX, WEIGHTS, locate, weight_files
 
@@ -26,6 +30,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 _STORED = {"BF16", "F16", "F32"}  # safetensors' names of the same
 _INF = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}}  # all exponent bits: infinite or NaN
 _LISTED = 8  # problems spelled out in one message
+_COMPARED = 4096  # rows of a head and an embedding that are compared at once
 MAX_SHARD_BYTES = 5_000_000_000
 HEAD = "lm_head.weight"
 _BLOCK_TABLE = {
@@ -47,16 +52,20 @@ _BLOCK_TABLE = {
 
 
 def from_pretrained(
-    name_or_dir: str | Path, *, revision: str | None = None, dtype: Any = jnp.bfloat16
+    name_or_dir: str | Path, *, revision: str | None = None, dtype: Any = jnp.bfloat16, mesh: Mesh | str | None = None
 ) -> tuple[Qwen, Tokenizer]:
-    """Model and tokenizer of an embedded name, a local Hugging Face directory or a hub id, tried in that order."""
+    """Model and tokenizer of an embedded name, a local Hugging Face directory or a hub id, tried in that order.
+
+    On a mesh, or one that `make_mesh` understands, every device reads its own part of the weights.
+    """
+    mesh = None if mesh is None else sharding.make_mesh(mesh)
     directory = locate(name_or_dir, revision)
     config = QwenConfig.from_file(directory / CONFIG)
     tokenizer = Tokenizer.from_directory(directory, vocab_size=config.vocab)  # before the weights: quick to refuse
-    return load_model(directory, dtype=dtype), tokenizer
+    return load_model(directory, dtype=dtype, mesh=mesh), tokenizer
 
 
-def load_model(directory: str | Path, *, dtype: Any = jnp.bfloat16) -> Qwen:
+def load_model(directory: str | Path, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None) -> Qwen:
     """The model of a directory with config.json and safetensors; every problem with its weights in one error."""
     directory = local_path(directory, "directory")
     if (wanted := _dtype_name(dtype)) not in DTYPES:
@@ -69,7 +78,13 @@ def load_model(directory: str | Path, *, dtype: Any = jnp.bfloat16) -> Qwen:
     problems += [f"{name}: missing, expected shape {_at(model, table[name]).shape}" for name in absent]
     problems = broken + problems + _compare(headers, table, model)
     _raise_all(directory, problems)
-    loaded = _load(directory, headers, table, model, jnp.dtype(wanted))
+    places: dict[str, NamedSharding | None] = dict.fromkeys(table)
+    if mesh is not None:
+        sharding.check_fits(model, mesh, free_device_bytes(mesh.local_devices))
+        sharding.say_what_is_not_split(model.config, mesh)
+        placed = sharding.shardings(model, mesh)
+        places = {name: _at(placed, path) for name, path in table.items()}
+    loaded = _load(directory, headers, places, jnp.dtype(wanted))
     return eqx.tree_at(lambda tree: [_at(tree, table[name]) for name in loaded], model, list(loaded.values()))
 
 
@@ -212,32 +227,54 @@ def _compare(headers: dict[str, _Header], table: dict[str, str], model: Qwen) ->
 
 
 def _load(
-    directory: Path, headers: dict[str, _Header], table: dict[str, str], model: Qwen, dtype: jnp.dtype
+    directory: Path, headers: dict[str, _Header], places: dict[str, NamedSharding | None], dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
-    """Read, cast and check every tensor, one at a time: the peak is the model and one tensor."""
+    """Read, cast and check every tensor, one at a time: the peak is the model and one tensor, or one device's part."""
     loaded: dict[str, jax.Array] = {}
     problems: list[str] = []
     for file in dict.fromkeys(file for file, _, _ in headers.values()):
         with safetensors.safe_open(directory / file, framework="np") as tensors:
-            for name in (name for name, header in headers.items() if header[0] == file and name in table):
-                with np.errstate(over="ignore"):  # too large for float16 becomes infinite, which is reported below
-                    array = tensors.get_tensor(name).astype(dtype, copy=False)
-                if bad := _not_finite(array):
+            for name in (name for name, header in headers.items() if header[0] == file and name in places):
+                loaded[name], bad = _placed(tensors, name, headers[name][2], places[name], dtype)
+                if bad:
                     problems.append(f"{file}: {name}: found {bad} values that are NaN or infinite in {dtype.name}")
-                loaded[name] = jnp.asarray(array)
-    if HEAD in headers and HEAD not in table:
+    if HEAD in headers and HEAD not in places:
         problems += _compare_tied_head(directory, headers)
     _raise_all(directory, problems)
     return loaded
 
 
+def _placed(
+    tensors: Any, name: str, shape: tuple[int, ...], place: NamedSharding | None, dtype: jnp.dtype
+) -> tuple[jax.Array, int]:
+    """One tensor where it belongs, and how many values are not finite; a part is read once, for all who hold it."""
+
+    def cast(array: np.ndarray) -> Float[np.ndarray, "..."]:
+        with np.errstate(over="ignore"):  # too large for float16 becomes infinite, which is reported
+            return array.astype(dtype, copy=False)
+
+    if place is None:
+        array = cast(tensors.get_tensor(name))
+        return jnp.asarray(array), _not_finite(array)
+    wanted = place.addressable_devices_indices_map(shape)
+    parts: dict[Any, jax.Array] = {}
+    bad = 0
+    for index in {str(index): index for index in wanted.values()}.values():
+        part = cast(tensors.get_slice(name)[index])
+        bad += _not_finite(part)
+        parts |= {device: jax.device_put(part, device) for device, held in wanted.items() if held == index}
+    return jax.make_array_from_single_device_arrays(shape, place, [parts[device] for device in wanted]), bad
+
+
 def _compare_tied_head(directory: Path, headers: dict[str, _Header]) -> list[str]:
-    copies = []
-    for name in (HEAD, "model.embed_tokens.weight"):
-        with safetensors.safe_open(directory / headers[name][0], framework="np") as tensors:
-            copies.append(tensors.get_tensor(name))
-    if np.array_equal(copies[0], copies[1]):
-        return []
+    names = (HEAD, "model.embed_tokens.weight")
+    with contextlib.ExitStack() as opened:
+        files = [safetensors.safe_open(directory / headers[name][0], framework="np") for name in names]
+        head, table = (opened.enter_context(file).get_slice(name) for file, name in zip(files, names, strict=True))
+        shape = head.get_shape()
+        pieces = (slice(at, at + _COMPARED) for at in range(0, shape[0], _COMPARED))
+        if shape == table.get_shape() and all(np.array_equal(head[piece], table[piece]) for piece in pieces):
+            return []
     return [
         f"{HEAD}: found a head that differs from the embedding, expected none or an equal one: the config says tied"
     ]

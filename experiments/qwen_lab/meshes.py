@@ -1,0 +1,26 @@
+"""Which devices a command uses: the flag, the mesh it asks for, and a word on devices that are left idle."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+import qwen_eqx
+from qwen_lab import cli
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnMesh:
+    """The flag of commands that run a model."""
+
+    mesh: str | None = None
+    """Devices to use: data=4,model=2 deals rows to four and splits weights in two, auto takes all. Without it one."""
+
+    def open_mesh(self) -> Mesh | None:
+        """The mesh asked for; None for one device, and then a line if that leaves accelerators idle."""
+        if self.mesh is not None:
+            return qwen_eqx.make_mesh(self.mesh)
+        there = jax.local_devices()
+        if len(there) > 1 and there[0].platform != "cpu":  # one CPU device uses all cores
+            cli.console.print(f"using 1 of {len(there)} devices; --mesh auto uses all", markup=False)
+        return None

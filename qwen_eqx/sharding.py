@@ -1,0 +1,171 @@
+"""Many devices: a mesh of them, rules for which of its axes each parameter is split over, and where rows of a batch go.
+
+Axes of a mesh are ("data", "model"): rows of a batch are dealt to `data`, heads, d_ff and vocab to `model`. XLA's
+partitioner does the rest (arXiv 2105.04663), so nothing here is part of a model.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwen_eqx.errors import InputError
+
+AXES = ("data", "model")
+# path of a parameter -> what its dimensions count; those that are not named are never split
+RULES: dict[str, tuple[str | None, ...]] = {
+    r"embed\.table|head\.weight": ("vocab", "d_model"),
+    r"blocks\.\d+\.attn\.q\.(weight|bias)": ("heads", "d_model"),
+    r"blocks\.\d+\.attn\.[kv]\.(weight|bias)": ("kv_heads", "d_model"),
+    r"blocks\.\d+\.attn\.o\.weight": ("d_model", "heads"),
+    r"blocks\.\d+\.mlp\.(gate|up)\.weight": ("d_ff", "d_model"),
+    r"blocks\.\d+\.mlp\.down\.weight": ("d_model", "d_ff"),
+    r"(blocks\.\d+\.(attn|mlp)_)?norm\.weight": ("d_model",),
+}
+# what dimensions count -> the axis that shares it; where the axis does not divide the count, every device holds all of it
+TENSOR: dict[str, str] = {"heads": "model", "kv_heads": "model", "d_ff": "model", "vocab": "model"}
+FULLY_SHARDED: dict[str, str] = {**TENSOR, "d_model": "data"}  # for training: weights and optimizer over `data` too
+
+AnyMesh = Mesh | AbstractMesh
+Tree = TypeVar("Tree")
+_LOG = logging.getLogger("qwen_eqx")  # warnings reach stderr unless somebody listens
+
+
+def make_mesh(asked: str | Mesh = "auto", *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes data and model from `data=4,model=2`, `auto` (all devices over data), or a mesh with these axes.
+
+    Without `data=` as many rows of devices as there are for `model=`; without `model=` one. Logs how it fills the devices.
+    """
+    if isinstance(asked, Mesh):
+        return _of_mesh(asked)
+    there = list(jax.devices() if devices is None else devices)
+    sizes = _parsed(asked)
+    model = sizes.get("model", 1)
+    data = sizes.get("data", max(1, len(there) // model))
+    if data * model > len(there):
+        most = max((size for size in range(1, len(there) + 1) if model % size == 0), default=1)
+        such = f"data={len(there) // most},model={most}"
+        takes = f"found {asked!r}, which takes {data * model} devices"
+        raise InputError(f"mesh: {takes}, expected at most the {len(there)} there are, such as {such}")
+    said = describe(data, model)
+    if data * model < len(there):
+        _LOG.warning("mesh %s: takes %d of the %d devices; the others stay idle", said, data * model, len(there))
+    elif asked != "auto" and "data" not in sizes:
+        _LOG.warning("mesh %s: data was filled up to the %d devices", said, len(there))
+    auto = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, model), AXES, axis_types=auto, devices=there[: data * model])
+
+
+def describe(data: int, model: int) -> str:
+    """A shape as `--mesh` takes it."""
+    return f"data={data},model={model}"
+
+
+def _parsed(asked: str) -> dict[str, int]:
+    if asked == "auto":
+        return {}
+    found = [re.fullmatch(r"\s*(data|model)\s*=\s*(\d{1,6})\s*", part) for part in asked.split(",")]
+    sizes = {match[1]: int(match[2]) for match in found if match is not None}
+    if len(sizes) < len(found) or not all(sizes.values()):
+        raise InputError(f"mesh: found {asked!r}, expected 'auto', or sizes of at least 1 such as 'data=4,model=2'")
+    return sizes
+
+
+def _of_mesh(mesh: Mesh) -> Mesh:
+    """The user's devices in their order, on our axes, left to the partitioner: explicit axes fail in an embedding."""
+    if not mesh.axis_names or len(set(mesh.axis_names) & set(AXES)) != len(mesh.axis_names):
+        raise InputError(f"mesh: found axes {mesh.axis_names}, expected 'data', 'model' or both")
+    devices = mesh.devices
+    if mesh.axis_names == AXES[::-1]:
+        devices = devices.T
+    shape = [mesh.shape.get(axis, 1) for axis in AXES]
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def shardings(
+    model: Any,
+    mesh: AnyMesh,
+    *,
+    rules: Mapping[str, tuple[str | None, ...]] = RULES,
+    over: Mapping[str, str] = TENSOR,
+) -> Any:
+    """A `NamedSharding` for every array of a model, or of its skeleton.
+
+    Raises `InputError` for a rule that no parameter's path matches, and for a parameter whose path two rules match.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    unused, made = set(rules), []
+    for keys, leaf in leaves:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        matching = [rule for rule in rules if re.fullmatch(rule, path)]
+        if len(matching) > 1:
+            raise InputError(f"rules: found {' and '.join(map(repr, matching))} for {path}, expected one rule")
+        unused -= set(matching)
+        counts = (rules[matching[0]] if matching else ())[: leaf.ndim]
+        axes = [_axis(count, model.config, mesh, over) for count in counts]
+        made.append(NamedSharding(mesh, PartitionSpec(*axes)))  # pyright: ignore[reportArgumentType]
+    if unused:
+        raise InputError(f"rules: found {', '.join(map(repr, sorted(unused)))}, which match no parameter")
+    return jax.tree_util.tree_unflatten(structure, made)
+
+
+def _axis(count: str | None, config: Any, mesh: AnyMesh, over: Mapping[str, str]) -> str | None:
+    axis = None if count is None else over.get(count)
+    return axis if axis is not None and getattr(config, str(count)) % mesh.shape[axis] == 0 else None
+
+
+def not_split(config: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> list[str]:
+    """What every device holds whole because its axis does not divide it, one line each."""
+    return [
+        f"{count}={getattr(config, count)} is no multiple of {axis}={mesh.shape[axis]}: every device holds all {count}"
+        for count, axis in over.items()
+        if _axis(count, config, mesh, over) is None
+    ]
+
+
+def say_what_is_not_split(config: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> None:
+    """Logs it."""
+    for line in not_split(config, mesh, over):
+        _LOG.warning("mesh %s: %s", describe(mesh.shape["data"], mesh.shape["model"]), line)
+
+
+def shard(model: Tree, mesh: Mesh, *, over: Mapping[str, str] = TENSOR) -> Tree:
+    """The model with its weights on a mesh: what is computed with it then runs there."""
+    say_what_is_not_split(model.config, mesh, over)  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.device_put(model, shardings(model, mesh, over=over))
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that a model's weights, or their shapes in a skeleton, lie on; None for a single device."""
+    for leaf in jax.tree.leaves(model):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
+            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return None
+
+
+def bytes_per_device(model: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> int:
+    """Bytes of weights on each device of a mesh; of a skeleton as of a model, and of devices that are not here."""
+    leaves, places = jax.tree.leaves(model), jax.tree.leaves(shardings(model, mesh, over=over))
+    return sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(leaves, places, strict=True)
+    )
+
+
+def check_fits(model: Any, mesh: Mesh, free_bytes: int | None, over: Mapping[str, str] = TENSOR) -> None:
+    """Raises `InputError`, saying which mesh would do, if a device lacks room for its weights (None: not known)."""
+    needed = bytes_per_device(model, mesh, over)
+    if free_bytes is None or needed <= free_bytes:
+        return
+    here = describe(mesh.shape["data"], mesh.shape["model"])
+    found = f"weights take {needed / 1e6:,.1f} MB a device on mesh {here}, and {free_bytes / 1e6:,.1f} MB are free"
+    heads = model.config.heads
+    for size in (size for size in range(mesh.shape["model"] + 1, heads + 1) if heads % size == 0):
+        if (less := bytes_per_device(model, AbstractMesh((1, size), AXES), over)) <= free_bytes:
+            raise InputError(f"mesh: {found}; expected model={size}, with {less / 1e6:,.1f} MB a device")
+    raise InputError(f"mesh: {found}; expected a smaller model or larger devices: no mesh splits it so far")
