@@ -23,7 +23,7 @@ ORDER = {
             "search",
         ],
         "weights": ["hub", "hf"],
-        "training": ["loss", "lora", "step", "loop"],
+        "training": ["loss", "lora", "sharding", "step", "loop"],
     },
     "arc": {
         "": [

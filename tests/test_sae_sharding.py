@@ -131,10 +131,10 @@ def test_a_donated_state_is_written_in_place_on_a_mesh():
         compiled = loop._run.lower(loop.Batches(CONFIG, x, None, None, None, mesh), state).compile().compiled
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= held
-    assert memory.temp_size_in_bytes < held
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", compiled.as_text())
-    assert gathered
-    assert all(math.prod(map(int, shape.split(","))) < 512 * 64 for shape in gathered)
+    assert memory.temp_size_in_bytes < 1.5 * held  # gradients and unit rows; a second copy would be as much again
+    gathered = [line.split(" all-gather(")[0] for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    shapes = re.findall(r"\[([\d,]+)\]", " ".join(gathered))
+    assert set(shapes) == {"8,4"}  # the 2 best of each row from both devices: their values, and which they are
 
 
 def test_a_buffer_on_a_mesh_gives_the_rows_of_one_device():

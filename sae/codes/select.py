@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from sae import shown
@@ -48,8 +49,10 @@ def keep_largest(values: Float[Array, "batch candidates"], count: Int[Array, ""]
     ties = jnp.sum(tied.astype(jnp.int32), axis=-1)
     upto = jnp.cumsum(ties)
     last = jnp.argmax(upto > room)
-    some = jnp.cumsum(tied[last].astype(jnp.int32)) <= room - upto[last] + ties[last]
-    here = (jnp.arange(ties.size) == last)[:, None] & some[None]
+    here = (jnp.arange(ties.size) == last)[:, None]
+    row = tied[last] if alone else jnp.any(tied & here, axis=0)  # a row that one device has would bring all rows
+    some = jnp.cumsum(row.astype(jnp.int32)) <= room - upto[last] + ties[last]
+    here = here & some[None]
     return above | (tied & ((upto <= room)[:, None] | here))
 
 
@@ -76,6 +79,17 @@ def _by_histograms(bits: Int[Array, "batch candidates"], count: Int[Array, ""]) 
         above = upto[digit] - sizes[digit]
         least = least | (digit << shift)
     return least
+
+
+def kth_largest(values: Float[Array, "batch candidates"], k: int) -> Float[Array, "batch 1"]:
+    """Of each row the k-th largest, or the smallest of fewer."""
+    there = across.spread(values.shape[0], 1)
+
+    def here(values):
+        largest, _ = lax.top_k(values, min(k, values.shape[-1]))
+        return jnp.min(largest, axis=-1, keepdims=True)  # not the last column: slicing it out makes XLA sort whole rows
+
+    return there.each(here, (P(there.rows),), P(there.rows))(values)
 
 
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:

@@ -86,12 +86,10 @@ class ShuffleBuffer(eqx.Module):
 
     def add(self, rows: Float[Array, "new *sites d_model"], keep: Bool[Array, " new"] | None = None) -> "ShuffleBuffer":
         """The buffer with the kept rows behind the live ones; rows beyond the capacity are dropped and counted."""
-        if keep is None:
-            keep = jnp.ones(rows.shape[0], bool)
-        mesh = self.mesh
-        if mesh is not None:  # rows that one device made, or the devices of a smaller mesh
-            rows, keep = jax.device_put((rows, keep), across.by_rows(mesh, len(rows)))
-        return _add(Addition(rows, keep, mesh), self)
+        wanted = jnp.ones(rows.shape[0], bool) if keep is None else keep
+        if self.mesh is not None:  # one device may have made them, or the devices of another mesh
+            rows, wanted = jax.device_put((rows, wanted), across.by_rows(self.mesh, len(rows)))
+        return _add(Addition(rows, wanted, self.mesh), self)
 
     def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch *sites d_model"]]:
         """A uniform sample of the live rows without replacement, which leaves the buffer."""
