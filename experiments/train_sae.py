@@ -28,7 +28,7 @@ def main(config: RunConfig) -> None:
 
 def train(config: RunConfig, job: jobs.Job) -> None:
     """From the last checkpoint to dictionaries that are measured and saved."""
-    run = Run.start(config, job.members, job.source)
+    run = Run.start(config, job.members, job.source, job.mesh)
     if not run.fresh:
         cli.console.print(f"going on from step {run.step} of {config.steps}")
     with cli.bar(config.steps, "training", "steps") as advance:

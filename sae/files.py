@@ -1,11 +1,13 @@
 """Files that are whole or absent: atomic commits, strict JSON, safetensors mapped after their header was checked."""
 
+import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +22,24 @@ SAFETENSORS_DTYPES = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64",
     "I8": "int8", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+ALIGNED = ("I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I8", "U8", "BOOL")  # the order in a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, a limit on the size of files
 DIRECTORY_BYTES = 4096  # a block of most file systems
 MAX_JSON_BYTES = 2**30  # a sidecar holds texts, never gigabytes of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A file's bytes, made as they are written, for those that never lie in memory together; may be made again."""
+
+    size: int
+    made: Callable[[], Iterator[bytes | memoryview]]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        return self.made()
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -32,6 +49,19 @@ def numpy_dtype(name: str) -> np.dtype:
 
 def digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def hashed(pieces: Pieces) -> tuple[Pieces, Callable[[], str]]:
+    """The same pieces, and their digest once they are written: they are made only then."""
+    last: list[Any] = []
+
+    def made() -> Iterator[bytes | memoryview]:
+        last[:] = [hashlib.sha256()]
+        for piece in pieces:
+            last[0].update(piece)
+            yield piece
+
+    return Pieces(len(pieces), made), lambda: "sha256:" + last[0].hexdigest()
 
 
 def digest_file(path: Path) -> str:
@@ -64,14 +94,14 @@ def make_directory(directory: Path) -> None:
         raise
 
 
-def commit(path: Path, data: bytes) -> None:
+def commit(path: Path, data: bytes | Pieces) -> None:
     """Write a file so that it is whole or absent after a kill: temporary name, fsync, rename, fsync the directory."""
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         stale.unlink(missing_ok=True)  # left by a killed run
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two runs at once never share a file
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -144,6 +174,33 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, field in value.items():
         flat |= flatten(field, f"{prefix}{name}.") if isinstance(field, dict) and field else {prefix + name: field}
     return flat
+
+
+def tensor_file(tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], Iterator[np.ndarray]]]]) -> Pieces:
+    """The safetensors file of tensors by name, each a dtype, a shape, and what makes its values in order, in parts.
+
+    Byte for byte what `safetensors.numpy.save` makes of whole arrays.
+    """
+    spelled = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    for name, (dtype, _, _) in tensors.items():
+        if dtype not in spelled:
+            raise InputError(f"{name}: dtype: found {dtype}, expected {', '.join(spelled)}")
+    order = sorted(tensors, key=lambda name: (ALIGNED.index(spelled[tensors[name][0]]), name))
+    header, end = {}, 0
+    for name in order:
+        dtype, shape, _ = tensors[name]
+        begin, end = end, end + math.prod(shape) * numpy_dtype(dtype).itemsize
+        header[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    words = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    words += b" " * (-len(words) % 8)
+
+    def made() -> Iterator[bytes | memoryview]:
+        yield len(words).to_bytes(8, "little") + words
+        for name in order:
+            for part in tensors[name][2]():
+                yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data  # no buffer knows bf16
+
+    return Pieces(8 + len(words) + end, made)
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

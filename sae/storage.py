@@ -26,6 +26,7 @@ from sae.errors import InputError, StorageFailed
 
 Result = TypeVar("Result")
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.25, 15.0  # seconds: about half a minute in all
+AT_ONCE = 2**26  # bytes: what is longer and comes in pieces is sent in pieces
 TOGETHER = 16  # objects fetched at once
 _FOR_GOOD = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -54,8 +55,8 @@ class Place(abc.ABC):
         """The whole file; FileNotFoundError where there is none."""
 
     @abc.abstractmethod
-    def put(self, data: bytes) -> None:
-        """Write the file, over another if there is one."""
+    def put(self, data: bytes | files.Pieces) -> None:
+        """Write the file, over another if there is one. Pieces are never in memory together, unless they are small."""
 
     @abc.abstractmethod
     def create(self, data: bytes) -> None:
@@ -105,7 +106,7 @@ class Local(Place):
     def read(self) -> bytes:
         return self.path.read_bytes()
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes | files.Pieces) -> None:
         if new := not self.path.parent.is_dir():
             files.make_directory(self.path.parent)
         files.commit(self.path, data)
@@ -171,8 +172,17 @@ class Remote(Place):
     def read(self) -> bytes:
         return self._persist("read", lambda: self.filesystem.cat_file(self.path))
 
-    def put(self, data: bytes) -> None:
-        self._persist("written", lambda: self.filesystem.pipe_file(self.path, data))
+    def put(self, data: bytes | files.Pieces) -> None:
+        if isinstance(data, bytes) or len(data) <= AT_ONCE:
+            data = b"".join(data) if isinstance(data, files.Pieces) else data
+            self._persist("written", lambda: self.filesystem.pipe_file(self.path, data))
+        else:
+            self._persist("written", lambda: self._upload(data))
+
+    def _upload(self, pieces: files.Pieces) -> None:
+        with self.filesystem.open(self.path, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
 
     def create(self, data: bytes) -> None:
         try:

@@ -25,7 +25,7 @@ ORDER = {
             "search",
         ],
         "weights": ["hub", "hf"],
-        "training": ["products", "loss", "lora", "step", "loop"],
+        "training": ["products", "loss", "lora", "sharding", "step", "loop"],
     },
     "arc": {
         "": [
@@ -36,7 +36,7 @@ ORDER = {
     },
     "sae": {
         "": ["errors", "files", "storage", "shown"],
-        "codes": ["select", "products"],
+        "codes": ["across", "select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
             "skip", "crosscoder", "clt", "clamped", "transcoders",
@@ -44,7 +44,7 @@ ORDER = {
         "data": [
             "plan", "rows", "shards", "store", "writer", "shuffle", "prefetch", "statistics", "buffer", "synthetic",
         ],
-        "training": ["config", "state", "step", "loop", "sweep", "checkpoint"],
+        "training": ["config", "state", "sharding", "step", "loop", "sweep", "checkpoint"],
         "formats": [
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
             "circuit_tracer", "sets",
@@ -54,9 +54,10 @@ ORDER = {
     "qwen_lab": {
         "": [
             "errors", "allocation", "bounds", "flags", "recipes", "stopping", "files", "extending", "locks", "provenance",
-            "hosts", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus", "labels", "places",
-            "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing", "rows", "space",
-            "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources", "evaluation", "figures", "heat",
+            "hosts", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus", "labels",
+            "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing", "rows",
+            "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources", "evaluation",
+            "figures", "heat",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import arc
 import qwen_eqx
 from qwen_eqx import training
+from qwen_eqx.sharding import mesh_of
+from qwen_eqx.training import sharding
 from qwen_lab import lessons
 
 ROWS = 32
@@ -26,12 +27,14 @@ def exact(model: qwen_eqx.Qwen, teacher: lessons.Teacher, tasks: Sequence[arc.Ta
     """
     pairs = [(family_of(task), teacher.write(task)) for task in tasks]
     pairs = [(family, lesson) for family, lesson in pairs if len(lesson.tokens) <= teacher.course.context]
+    mesh = mesh_of(model)
     found: dict[str, list[bool]] = {family: [] for family, _ in pairs}
     pairs.sort(key=lambda pair: len(pair[1].tokens))  # a batch is as wide as its longest
     for begin in range(0, len(pairs), ROWS):
         part = pairs[begin : begin + ROWS]
         rows = [lesson for _, lesson in part] + [part[0][1]] * (ROWS - len(part))
-        right = np.asarray(_exact(model, jax.tree.map(jnp.asarray, teacher.padded(rows))))
+        batch = jax.device_put(teacher.padded(rows), None if mesh is None else sharding.by_documents(mesh, ROWS, 0))
+        right = np.asarray(_exact(model, batch))
         for (family, _), one in zip(part, right, strict=False):
             found[family].append(bool(one))
     return found

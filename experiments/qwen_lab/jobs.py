@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import qwen_eqx
 import sae
+from qwen_eqx import sharding
 from qwen_lab import corpora, files, locks, places, prompts, sources, sweeps, wording
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
@@ -23,16 +25,17 @@ class Job:
     source: sources.Source
     members: list[Member]
     facts: dict[str, Any]
+    mesh: Mesh | None  # that dictionaries are trained on, and the model runs on
 
 
 def train(config: RunConfig, loaded: ModelAndTokenizer | None = None, advance: Advance = quiet) -> dict[str, Result]:
     """The dictionaries of a run by name, saved in `config.out`; a run that was cut off there goes on.
 
-    `loaded` is the model and tokenizer that `config.model` names, where they are at hand already.
+    `loaded` is the model and tokenizer that `config.model` names, where they are at hand already; its mesh is the run's.
     """
     job = open_job(config, loaded)
     with locks.claimed(config.out):
-        run = Run.start(config, job.members, job.source)
+        run = Run.start(config, job.members, job.source, job.mesh)
         run.proceed(advance)
         return run.finish(job.facts)
 
@@ -56,12 +59,13 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
     said["tasks"] = " ".join(manifest.config.get("data") or ()) or said["tasks"]
     text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)
-    return Job(source, members, _facts(text, manifest.revision, source))
+    return Job(source, members, _facts(text, manifest.revision, source), config.open_mesh())
 
 
 def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTokenizer | None) -> Job:
+    mesh = config.open_mesh() if loaded is None else sharding.mesh_of(loaded[0])
     model, tokenizer = loaded or qwen_eqx.from_pretrained(
-        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype)
+        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=mesh
     )
     default = places.default_sites(model.config, form_of(config))
     members = sweeps.make_members(config, combined, places.in_model(model.config), default)
@@ -77,7 +81,7 @@ def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTok
     text = Text(
         config.model, " ".join(asked.data) or asked.tasks, asked.encoder, asked.prompt, f"sha256:{tokenizer.digest}"
     )
-    return Job(source, members, _facts(text, config.revision, source))
+    return Job(source, members, _facts(text, config.revision, source), mesh)
 
 
 def _facts(text: Text, revision: str | None, source: sources.Source) -> dict[str, Any]:

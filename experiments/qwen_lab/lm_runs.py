@@ -26,7 +26,8 @@ class LMRun:
     def __init__(self, config: LMConfig):
         check(config)
         self.config, self.course = config, course(config)
-        self.model, self.tokenizer = start(config)
+        self.mesh = config.open_mesh()
+        self.model, self.tokenizer = start(config, self.mesh)
         if (most := self.model.config.max_seq) < config.context_length:
             raise InputError(f"--context-length: found {config.context_length}, expected at most the model's {most}")
         self.teacher = lessons.Teacher(self.course, self.tokenizer)
@@ -35,7 +36,8 @@ class LMRun:
         if config.tasks_share:
             self.settled["tasks_digest"] = files.digest([task.to_dict() for task in self.teacher.fitting])
         self.before = cards.stages_before(config)
-        self.state = training.init(self.model, train_config(config))
+        state = training.init(self.model, train_config(config))
+        self.state = state if self.mesh is None else training.place(state, self.mesh)
         self.step, self.tokens = 0, 0
         self.history: list[dict[str, Any]] = []
         held_out = (*dict.fromkeys(self.course.families), *config.held_out_families)
@@ -124,7 +126,9 @@ class LMRun:
         self._append(line)
 
     def _measure(self) -> None:
-        found = exactness.rates(exactness.exact(training.merge(self.state.model), self.teacher, self.tasks))
+        model = training.merge(self.state.model)
+        model = model if self.mesh is None else qwen_eqx.shard(model, self.mesh)
+        found = exactness.rates(exactness.exact(model, self.teacher, self.tasks))
         seen = [found[family] for family in dict.fromkeys(self.course.families) if family in found]
         unseen = [found[family] for family in self.config.held_out_families if family in found]
         means = {"seen": float(np.mean(seen)), "unseen": float(np.mean(unseen)) if unseen else None}

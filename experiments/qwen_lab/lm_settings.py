@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import qwen_eqx
 from qwen_eqx import training
 from qwen_eqx.weights import hub
-from qwen_lab import bounds, files, flags, lessons, tracking
+from qwen_lab import bounds, files, flags, lessons, meshes, tracking
 from qwen_lab.bounds import Count, Seed, Weight, Whole
 from qwen_lab.errors import InputError
 
@@ -18,7 +19,7 @@ HELD_OUT_FAMILIES = ("panel_xor", "kaleidoscope", "crop_largest", "swap_colours"
 
 
 @dataclasses.dataclass(frozen=True)
-class LMConfig:
+class LMConfig(meshes.OnMesh):
     """What a run that trains a model is told."""
 
     init: str | None = None
@@ -96,7 +97,8 @@ class LMConfig:
     """Directory of what is written. A run that was cut off goes on where its last checkpoint stands."""
 
 
-FREE = ("out", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers", "track")  # change no result
+# change no result
+FREE = ("out", "mesh", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers", "track")
 
 
 def check(config: LMConfig) -> None:
@@ -148,10 +150,10 @@ def course(config: LMConfig) -> lessons.Course:
     )
 
 
-def start(config: LMConfig) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]:
+def start(config: LMConfig, mesh: Mesh | None = None) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]:
     """The model before its first step, in float32, and its tokenizer."""
     if config.init is not None:
-        model, tokenizer = qwen_eqx.from_pretrained(config.init, dtype=jnp.float32)
+        model, tokenizer = qwen_eqx.from_pretrained(config.init, dtype=jnp.float32, mesh=mesh)
     else:
         tokenizer = qwen_eqx.Tokenizer.from_directory(hub.locate(config.tokenizer))
         model = qwen_eqx.Qwen.init(shape(config, tokenizer), key=jax.random.key(config.seed), dtype=jnp.float32)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import sae
 from qwen_eqx.model.room import free_device_bytes
@@ -61,12 +62,13 @@ def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractDic
     return form.init(**sizes, **form.short_start)
 
 
-def check_memory(config: RunConfig, members: int, source: sources.Source) -> None:
+def check_memory(config: RunConfig, members: int, source: sources.Source, mesh: Mesh | None) -> None:
     """Raises before anything is allocated that cannot be: weights with gradients and Adam's two means, and the buffer."""
-    free = free_device_bytes()
+    free = free_device_bytes(None if mesh is None else mesh.local_devices)
+    rows_over, latents_over = (1, 1) if mesh is None else mesh.devices.shape
     width = source.d_model * (len(source.sites) if form_of(config).several_sites else 1)
-    weights = members * 2 * config.d_sae * width * 4  # encoder and decoder, float32
-    rows = config.buffer_rows * len(source.sites) * source.d_model * source.dtype.itemsize
+    weights = members * 2 * config.d_sae * width * 4 // latents_over  # encoder and decoder, float32
+    rows = config.buffer_rows * len(source.sites) * source.d_model * source.dtype.itemsize // rows_over
     if free is not None and 4 * weights + rows > free:
         name = "--buffer-rows" if rows > 4 * weights else "--d-sae"
         sizes = f"dictionaries {weights:,} bytes, their gradients and optimizer {3 * weights:,}, buffer {rows:,}"
@@ -91,14 +93,14 @@ class Result:
 class Run:
     """Training from the last checkpoint, if there is one, to the last step: `start`, `proceed`, `finish`."""
 
-    def __init__(self, config: RunConfig, members: list[Member], source: sources.Source):
+    def __init__(self, config: RunConfig, members: list[Member], source: sources.Source, mesh: Mesh | None = None):
         need = 2 * (config.batch_size * config.steps_per_call + source.largest)
         if config.buffer_rows < need:
             raise InputError(
                 f"--buffer-rows: found {config.buffer_rows}, expected at least {need}: twice a call's rows and a group's"
             )
-        check_memory(config, len(members), source)
-        self.config, self.members, self.source = config, members, source
+        check_memory(config, len(members), source, mesh)
+        self.config, self.members, self.source, self.mesh = config, members, source, mesh
         self.sites = [_indices(member, source.sites) for member in members]
         self.state, self.rows = self._blank(jnp.zeros((2, len(source.sites), source.d_model), jnp.float32))
         # an L0 that is asked for is set on the last of the training tasks, of which no row is trained on
@@ -111,9 +113,9 @@ class Run:
         self.stopping = False
 
     @classmethod
-    def start(cls, config: RunConfig, members: list[Member], source: sources.Source) -> "Run":
+    def start(cls, config: RunConfig, members: list[Member], source: sources.Source, mesh: Mesh | None = None) -> "Run":
         """A run in `config.out`: a new one, or the one that was cut off there; raises if another one stands there."""
-        run = cls(config, members, source)
+        run = cls(config, members, source, mesh)
         files.fresh_directory(config.out)
         files.expect_files(config.out, "run.json", "metrics.json", tracking.METRICS, "loss.svg")
         if run.directory.exists() and not run.directory.is_dir():
@@ -228,6 +230,7 @@ class Run:
         largest = max(k_of(member.config) for member in self.members)
         for member, (reads, writes) in zip(self.members, self.sites, strict=True):
             settings, module = train_config(member.config), make_module(member, largest, self.source.d_model)
+            module = module if self.mesh is None else training.place(module, self.mesh)
             target = sample[:, _at(writes)] if member.place.transcodes else None
             state = training.init(module, settings, sample[:, _at(reads)], target)
             numbers = training.hyper(module, settings, float(k_of(member.config)) if "k" in module.details else None)
@@ -238,8 +241,10 @@ class Run:
             d_model=self.source.d_model,
             key=jax.random.fold_in(jax.random.key(config.seed), 1),
             dtype=self.source.dtype,
+            mesh=self.mesh,
         )
-        return states[0] if len(states) == 1 else training.stack(states), rows
+        state = states[0] if len(states) == 1 else training.stack(states)
+        return state if self.mesh is None else training.place(state, self.mesh), rows
 
     def _save(self) -> None:
         cursor = {"config": settled(self.config), "next_group": self.next_group, "history": self.history}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae
-from qwen_lab import bounds, files, flags, tracking, wording
+from qwen_lab import bounds, files, flags, meshes, tracking, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
 from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
@@ -20,7 +20,7 @@ TASKS = Unsaid(120)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(OfData):
+class RunConfig(meshes.OnMesh, OfData):
     """What a training run is told."""
 
     source: Literal["live", "store"] = "live"
@@ -129,7 +129,7 @@ def k_of(config: RunConfig) -> int:
 
 
 EARLIER = files.jsonable(OfData())  # what runs that know none of these flags did
-FREE = ("out", "checkpoint_every", "partial_store", "track")  # change no result
+FREE = ("out", "mesh", "checkpoint_every", "partial_store", "track")  # change no result
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 

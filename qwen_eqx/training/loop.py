@@ -7,13 +7,17 @@ model = training.merge(state.model)
 """
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from qwen_eqx.errors import InputError
+from qwen_eqx.sharding import mesh_of
+from qwen_eqx.training import sharding
 from qwen_eqx.training.loss import Batch
 from qwen_eqx.training.step import StepMetrics, TrainConfig, TrainState, step
 
@@ -26,13 +30,27 @@ class NotFinite(ArithmeticError):
         super().__init__(f"step {self.step}: the loss or its gradient is not finite; the state before it is kept")
 
 
+class Given(NamedTuple):
+    """What one compiled call is told beside the state."""
+
+    config: TrainConfig
+    batches: Batch
+    mesh: Mesh | None
+
+
 def run(state: TrainState, batches: Batch, config: TrainConfig) -> tuple[TrainState, StepMetrics]:
-    """One compiled call over [steps, accumulate, batch, seq], no more than are left; `state` is donated."""
+    """One compiled call over [steps, accumulate, batch, seq], no more than are left; `state` is donated.
+
+    A state on a mesh trains there (`training.place`).
+    """
     if batches.tokens.ndim != 4:
         raise InputError(f"batches: found {batches.tokens.ndim} axes, expected steps, accumulate, batch, seq")
     if (left := config.steps - int(state.step)) < len(batches.tokens):
         raise InputError(f"batches: found {len(batches.tokens)} steps, expected at most {left} of {config.steps}")
-    return _run((config, jax.tree.map(jnp.asarray, batches)), state)
+    if (mesh := mesh_of(state.model)) is None:
+        return _run(Given(config, jax.tree.map(jnp.asarray, batches), None), state)
+    where = sharding.by_documents(mesh, batches.tokens.shape[2], 2)
+    return _run(Given(config, jax.device_put(batches, where), mesh), state)
 
 
 def fit(state: TrainState, batches: Iterable[Batch], config: TrainConfig) -> Iterator[tuple[TrainState, StepMetrics]]:
@@ -52,13 +70,13 @@ def fit(state: TrainState, batches: Iterable[Batch], config: TrainConfig) -> Ite
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _run(given: tuple[TrainConfig, Batch], state: TrainState) -> tuple[TrainState, StepMetrics]:
-    config, batches = given
+def _run(given: Given, state: TrainState) -> tuple[TrainState, StepMetrics]:
+    config, batches, mesh = given
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def turn(arrays, batch):
-        new, metrics = step(eqx.combine(arrays, static), batch, config)
-        return eqx.filter(new, eqx.is_array), metrics
+        new, metrics = step(eqx.combine(arrays, static), batch, config, mesh)
+        return eqx.filter(sharding.kept(new, mesh), eqx.is_array), metrics
 
     arrays, metrics = lax.scan(turn, arrays, batches)
     return eqx.combine(arrays, static), metrics

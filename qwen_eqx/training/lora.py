@@ -72,21 +72,21 @@ def _beside(linear: Linear, rank: int, scale: float, key: PRNGKeyArray) -> LoRA:
 
 def merge(model: Qwen) -> Qwen:
     """The model with every LoRA merged into its matrix: a plain model again, ready to be saved."""
-    return jax.tree.map(lambda part: part.merge() if _is_lora(part) else part, model, is_leaf=_is_lora)
+    return jax.tree.map(lambda part: part.merge() if is_lora(part) else part, model, is_leaf=is_lora)
 
 
 def trainable(model: Qwen) -> Any:
     """Which leaves training moves, as a tree of booleans: A and B where there is a LoRA, else every floating array."""
-    parts = jax.tree.leaves(model, is_leaf=_is_lora)
-    if not any(map(_is_lora, parts)):
+    parts = jax.tree.leaves(model, is_leaf=is_lora)
+    if not any(map(is_lora, parts)):
         return jax.tree.map(eqx.is_inexact_array, model)
 
     def of_part(part: Any) -> Any:
         nothing = jax.tree.map(lambda _: False, part)
-        return eqx.tree_at(lambda lora: (lora.a, lora.b), nothing, (True, True)) if _is_lora(part) else nothing
+        return eqx.tree_at(lambda lora: (lora.a, lora.b), nothing, (True, True)) if is_lora(part) else nothing
 
-    return jax.tree.map(of_part, model, is_leaf=_is_lora)
+    return jax.tree.map(of_part, model, is_leaf=is_lora)
 
 
-def _is_lora(part: Any) -> bool:
+def is_lora(part: Any) -> bool:
     return isinstance(part, LoRA)

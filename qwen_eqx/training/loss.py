@@ -6,6 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
@@ -49,15 +51,17 @@ def cast(model: Any, dtype: DTypeLike) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, model)
 
 
-def totals(model: Qwen, batch: Batch, *, dtype: DTypeLike = jnp.float32, remat: bool = False) -> Totals:
-    """The sums of each document of a [batch, seq], computed in `dtype` and summed in float32."""
+def totals(
+    model: Qwen, batch: Batch, *, dtype: DTypeLike = jnp.float32, remat: bool = False, mesh: Mesh | None = None
+) -> Totals:
+    """The sums of each document of a [batch, seq], computed in `dtype` and summed in float32, on one device or a mesh."""
     computing = cast(model, dtype)
     if jnp.dtype(dtype) == jnp.bfloat16:  # float32 products over rows are nearly as fast as the others
         computing = trained(computing)
     tokens, weights, answer = (jnp.asarray(leaf) for leaf in (batch.tokens, batch.weights, batch.answer))
     x = computing.read(tokens[:, :-1], remat=remat)
     targets, weights, answer = tokens[:, 1:], weights[:, 1:], answer[:, 1:]
-    surprise, right = _surprise(computing, x.reshape(-1, x.shape[-1]), targets.reshape(-1))
+    surprise, right = _surprise(computing, x.reshape(-1, x.shape[-1]), targets.reshape(-1), mesh)
     answered = answer.any(axis=1)
     exact = jnp.all(right.reshape(answer.shape) | ~answer, axis=1) & answered
     loss = jnp.sum(weights * surprise.reshape(weights.shape), axis=1)
@@ -65,7 +69,7 @@ def totals(model: Qwen, batch: Batch, *, dtype: DTypeLike = jnp.float32, remat: 
 
 
 def _surprise(
-    model: Qwen, x: Float[Array, "positions d_model"], targets: Int[Array, " positions"]
+    model: Qwen, x: Float[Array, "positions d_model"], targets: Int[Array, " positions"], mesh: Mesh | None
 ) -> tuple[Float32[Array, " positions"], Bool[Array, " positions"]]:
     """−log p of each target in nats, and whether it is the likeliest token."""
 
@@ -74,13 +78,16 @@ def _surprise(
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits, axis=1) - chosen, chosen >= logits.max(axis=1)
 
-    positions, size = len(targets), max(1, LOGITS_AT_ONCE // model.config.vocab)
+    rows = 1 if mesh is None else mesh.shape["data"]
+    positions, size = len(targets), rows * max(1, LOGITS_AT_ONCE // model.config.vocab)
     if positions <= size:
         return piece(model, x, targets)
     pieces = -(-positions // size)
     room = pieces * size - positions
     xs = jnp.pad(x, ((0, room), (0, 0))).reshape(pieces, size, -1)
     each = jnp.pad(targets, (0, room)).reshape(pieces, size)
+    if mesh is not None:  # of every piece, not every so-manieth piece
+        xs, each = jax.lax.with_sharding_constraint((xs, each), NamedSharding(mesh, P(None, "data")))
     again = eqx.filter_checkpoint(piece)
     surprise, right = jax.lax.map(lambda one: again(model, *one), (xs, each))
     return surprise.reshape(-1)[:positions], right.reshape(-1)[:positions]

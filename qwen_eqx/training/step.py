@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from qwen_eqx.errors import InputError, positive
 from qwen_eqx.model.qwen import Qwen
-from qwen_eqx.training import lora
+from qwen_eqx.training import lora, sharding
 from qwen_eqx.training.loss import Batch, Totals, cast, totals
 
 
@@ -90,12 +91,16 @@ def init(model: Qwen, config: TrainConfig) -> TrainState:
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if eqx.is_array(leaf) else leaf, state)
 
 
-def step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainState, StepMetrics]:
+def step(
+    state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh | None = None
+) -> tuple[TrainState, StepMetrics]:
     """One step on `batch`, [accumulate, batch, seq]: the gradient is that of all its documents in one batch."""
     moved, kept = eqx.partition(state.model, lora.trainable(state.model))
 
     def loss(moved: Any, part: Batch) -> tuple[Float32[Array, ""], Totals]:
-        each = totals(eqx.combine(moved, kept), part, dtype=jnp.dtype(config.dtype), remat=config.remat)
+        dtype = jnp.dtype(config.dtype)
+        model = sharding.gathered(cast(eqx.combine(moved, kept), dtype), mesh)
+        each = totals(model, part, dtype=dtype, remat=config.remat, mesh=mesh)
         sums = jax.tree.map(jnp.sum, each)
         return sums.loss, sums
 

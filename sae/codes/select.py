@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from sae import shown
+from sae.codes import across
 
 _GROUP = 32  # neighbours compared at once by top_k
 
@@ -37,15 +39,20 @@ def keep_largest(values: Float[Array, "batch candidates"], count: Int[Array, ""]
     Non-negative floats are ordered as their bits are, so counting bits finds the last value that is kept.
     """
     bits = lax.bitcast_convert_type(values, jnp.int32)
-    least = _by_histograms(bits, count) if jax.default_backend() == "cpu" else _bit_by_bit(bits, count)
+    # on a mesh what is exchanged counts, and a histogram's flat places would take all values to every device
+    alone = across.spread(*values.shape) == across.UNDIVIDED
+    quick = alone and jax.default_backend() == "cpu"
+    least = _by_histograms(bits, count) if quick else _bit_by_bit(bits, count)
     above, tied = bits > least, bits == least
     room = count - jnp.sum(above.astype(jnp.int32))
     # a running count of all places would take longer than all of that: only one row keeps some of its ties, not all
     ties = jnp.sum(tied.astype(jnp.int32), axis=-1)
     upto = jnp.cumsum(ties)
     last = jnp.argmax(upto > room)
-    some = jnp.cumsum(tied[last].astype(jnp.int32)) <= room - upto[last] + ties[last]
-    here = (jnp.arange(ties.size) == last)[:, None] & some[None]
+    here = (jnp.arange(ties.size) == last)[:, None]
+    row = tied[last] if alone else jnp.any(tied & here, axis=0)  # a row that one device has would bring all rows
+    some = jnp.cumsum(row.astype(jnp.int32)) <= room - upto[last] + ties[last]
+    here = here & some[None]
     return above | (tied & ((upto <= room)[:, None] | here))
 
 
@@ -72,6 +79,17 @@ def _by_histograms(bits: Int[Array, "batch candidates"], count: Int[Array, ""]) 
         above = upto[digit] - sizes[digit]
         least = least | (digit << shift)
     return least
+
+
+def kth_largest(values: Float[Array, "batch candidates"], k: int) -> Float[Array, "batch 1"]:
+    """Of each row the k-th largest, or the smallest of fewer."""
+    there = across.spread(values.shape[0], 1)
+
+    def here(values):
+        largest, _ = lax.top_k(values, min(k, values.shape[-1]))
+        return jnp.min(largest, axis=-1, keepdims=True)  # not the last column: slicing it out makes XLA sort whole rows
+
+    return there.each(here, (P(there.rows),), P(there.rows))(values)
 
 
 def batch_top_k(pre: Float[Array, "batch d_sae"], k: int) -> Float[Array, "batch d_sae"]:

@@ -6,6 +6,9 @@ buffer, batches = buffer.draw(steps=8, batch=4096)   # `steps batch d_model`, fo
 
 The rows of [0, size) are live. `draw` takes a random part of them and closes the gaps, so every row is drawn at most
 once, and the buffer is a state like any other: saved in a checkpoint, it continues bit for bit.
+
+On a mesh (`init(mesh=)`) its rows lie over `data`, and the same ones are drawn as on one device. New rows go to all
+devices, each of which keeps its own; of a draw each device gives its own, and their sum goes to the devices of its batch.
 """
 
 from typing import NamedTuple
@@ -14,9 +17,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
 from sae import shown
+from sae.codes import across
 from sae.errors import InputError
 
 
@@ -35,22 +41,31 @@ class ShuffleBuffer(eqx.Module):
 
     @classmethod
     def init(
-        cls, *, capacity: int, d_model: int, key: Key[Array, ""], dtype=jnp.float32, sites: int | None = None
+        cls,
+        *,
+        capacity: int,
+        d_model: int,
+        key: Key[Array, ""],
+        dtype=jnp.float32,
+        sites: int | None = None,
+        mesh: Mesh | None = None,
     ) -> "ShuffleBuffer":
-        """An empty buffer of rows `d_model`, or `sites d_model`, in the activations' own dtype."""
+        """An empty buffer of rows `d_model`, or `sites d_model`, in the activations' own dtype, divided over a mesh."""
         if min(capacity, d_model, 1 if sites is None else sites) < 1:
             raise InputError(f"capacity, d_model, sites: found {capacity}, {d_model}, {sites}, expected at least 1")
         shape = (capacity, d_model) if sites is None else (capacity, sites, d_model)
+        where = None if mesh is None else across.by_rows(mesh, capacity)
         # distinct arrays, for `add` and `draw` donate the whole buffer
-        return cls(
-            bits=_bits(jnp.zeros(shape, dtype)),
-            source=jnp.zeros(capacity, jnp.int32),
+        made = cls(
+            bits=jnp.zeros(shape, jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype, device=where),
+            source=jnp.zeros(capacity, jnp.int32, device=where),
             size=jnp.array(0, jnp.int32),
             adds=jnp.array(0, jnp.int32),
             dropped=jnp.array(0, jnp.int32),
             key=jax.random.clone(key),
             dtype=jnp.dtype(dtype),
         )
+        return made if mesh is None else jax.device_put(made, _places(made, mesh))
 
     def __repr__(self) -> str:
         return shown.by_field(self)
@@ -60,15 +75,21 @@ class ShuffleBuffer(eqx.Module):
         return self.bits.shape[0]
 
     @property
+    def mesh(self) -> Mesh | None:
+        """What the rows are divided over; None for one device."""
+        return across.mesh_of(self.bits)
+
+    @property
     def rows(self) -> Float[Array, "capacity *sites d_model"]:
         """All of them, in `dtype`; those of [0, size) are live."""
         return lax.bitcast_convert_type(self.bits, self.dtype)
 
     def add(self, rows: Float[Array, "new *sites d_model"], keep: Bool[Array, " new"] | None = None) -> "ShuffleBuffer":
         """The buffer with the kept rows behind the live ones; rows beyond the capacity are dropped and counted."""
-        if keep is None:
-            keep = jnp.ones(rows.shape[0], bool)
-        return _add(Addition(rows, keep), self)
+        wanted = jnp.ones(rows.shape[0], bool) if keep is None else keep
+        if self.mesh is not None:  # one device may have made them, or the devices of another mesh
+            rows, wanted = jax.device_put((rows, wanted), across.by_rows(self.mesh, len(rows)))
+        return _add(Addition(rows, wanted, self.mesh), self)
 
     def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch *sites d_model"]]:
         """A uniform sample of the live rows without replacement, which leaves the buffer."""
@@ -82,8 +103,7 @@ class ShuffleBuffer(eqx.Module):
         wanted, live = steps * batch, int(self.size)
         if wanted > live:
             raise InputError(f"draw: found {live} rows in the buffer, expected at least steps × batch = {wanted}")
-        buffer, rows, source = _draw(wanted, self)
-        return buffer, rows.reshape(steps, batch, *rows.shape[1:]), source.reshape(steps, batch)
+        return _draw(Drawing(steps, batch, self.mesh), self)
 
 
 def not_a_sink(rows: Float[Array, "rows d_model"], times: float = 10.0) -> Bool[Array, " rows"]:
@@ -117,16 +137,25 @@ class Addition(NamedTuple):
 
     rows: Float[Array, "new *sites d_model"]
     keep: Bool[Array, " new"]
+    mesh: Mesh | None
+
+
+class Drawing(NamedTuple):
+    """What is wanted of a buffer."""
+
+    steps: int
+    batch: int
+    mesh: Mesh | None
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _add(new: Addition, buffer: ShuffleBuffer) -> ShuffleBuffer:
-    rows, keep = new
+    rows, keep, mesh = new
     place = buffer.size + jnp.cumsum(keep.astype(jnp.int32)) - 1
     place = jnp.where(keep & (place < buffer.capacity), place, buffer.capacity)  # out of bounds: dropped by the scatter
     kept = jnp.sum(keep.astype(jnp.int32))
     size = jnp.minimum(buffer.size + kept, buffer.capacity)
-    return ShuffleBuffer(
+    added = ShuffleBuffer(
         bits=buffer.bits.at[place].set(_bits(rows.astype(buffer.dtype)), mode="drop"),
         source=buffer.source.at[place].set(buffer.adds, mode="drop"),
         size=size,
@@ -135,10 +164,13 @@ def _add(new: Addition, buffer: ShuffleBuffer) -> ShuffleBuffer:
         key=buffer.key,
         dtype=buffer.dtype,
     )
+    return _where_it_was(added, mesh)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _draw(wanted: int, buffer: ShuffleBuffer) -> tuple[ShuffleBuffer, Array, Array]:
+def _draw(drawing: Drawing, buffer: ShuffleBuffer) -> tuple[ShuffleBuffer, Array, Array]:
+    steps, batch, mesh = drawing
+    wanted = steps * batch
     key, now = jax.random.split(buffer.key)
     places = jnp.arange(buffer.capacity, dtype=jnp.int32)
     rank = jnp.where(places < buffer.size, jax.random.uniform(now, (buffer.capacity,)), 2.0)  # dead rows sort last
@@ -159,7 +191,21 @@ def _draw(wanted: int, buffer: ShuffleBuffer) -> tuple[ShuffleBuffer, Array, Arr
         key=key,
         dtype=buffer.dtype,
     )
-    return moved, rows, source
+    rows, source = rows.reshape(steps, batch, *rows.shape[1:]), source.reshape(steps, batch)
+    if mesh is not None:
+        rows = lax.with_sharding_constraint(rows, across.by_rows(mesh, batch, 1))
+    return _where_it_was(moved, mesh), rows, source
+
+
+def _places(buffer: ShuffleBuffer, mesh: Mesh) -> ShuffleBuffer:
+    """Where on a mesh each of its arrays lies."""
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), buffer)
+    return eqx.tree_at(lambda b: (b.bits, b.source), everywhere, (across.by_rows(mesh, buffer.capacity),) * 2)
+
+
+def _where_it_was(buffer: ShuffleBuffer, mesh: Mesh | None) -> ShuffleBuffer:
+    """Or what was donated could not be written in place."""
+    return buffer if mesh is None else lax.with_sharding_constraint(buffer, _places(buffer, mesh))
 
 
 def _bits(rows: Array) -> Array:

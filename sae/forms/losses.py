@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sae.codes.select import kth_largest
+
 
 def squared_error(x: Float[Array, "batch d_out"], x_hat: Float[Array, "batch d_out"]) -> Float[Array, ""]:
     """mean_b ‖x_b − x̂_b‖²; lower is better."""
@@ -40,8 +42,7 @@ def auxk(
     """
     residual = jax.lax.stop_gradient(residual)
     masked = jnp.where(is_dead[None], pre, -jnp.inf)
-    largest, _ = jax.lax.top_k(jax.lax.stop_gradient(masked), min(k_aux, masked.shape[-1]))
-    kth = jnp.min(largest, axis=-1, keepdims=True)  # not the last column: slicing it out makes XLA sort whole rows
+    kth = kth_largest(jax.lax.stop_gradient(masked), k_aux)
     z = jnp.where(is_dead[None] & (masked >= kth), jax.nn.relu(pre), 0.0)
     share = jnp.minimum(1.0, jnp.sum(is_dead.astype(jnp.float32)) / k_aux)
     return share * squared_error(residual, jnp.einsum("bs,sd->bd", z, decoder))

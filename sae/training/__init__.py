@@ -4,6 +4,7 @@ from sae.training.config import TrainConfig as TrainConfig
 from sae.training.loop import NotFinite as NotFinite
 from sae.training.loop import fit as fit
 from sae.training.loop import run as run
+from sae.training.sharding import place as place
 from sae.training.state import StepMetrics as StepMetrics
 from sae.training.state import TrainState as TrainState
 from sae.training.state import finish as finish

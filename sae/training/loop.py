@@ -6,6 +6,7 @@
     module = training.finish(state)
 
 Many of one shape at once: `training.stack([state, state, ...])` and the same calls; `training.unstack` takes them apart.
+Many devices: `training.place(state, mesh)` and the same calls.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,9 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from sae.codes import across
 from sae.errors import InputError
+from sae.training import sharding
 from sae.training.config import TrainConfig
 from sae.training.state import StepMetrics, TrainState
 from sae.training.step import step
@@ -46,6 +51,7 @@ class Batches(NamedTuple):
     y: Float[Array, "steps ..."] | None
     sites: Int[Array, "..."] | None
     at_once: int | None
+    mesh: Mesh | None = None
 
 
 def run(
@@ -62,7 +68,7 @@ def run(
     see the same batches. Or it is `steps sites batch d_model`, and member i reads x[:, sites[i, 0]] and writes
     y[:, sites[i, 1]] (x's where there is no y), or without `sites` its own number of both: `sites` is `*members 2`, or
     `*members 2 n` for a form that reads n. `at_once` of the members train in one vmap: all on an accelerator; on CPU one
-    after another, where a batched gather is slower than single ones.
+    after another, where a batched gather is slower than single ones. A state on a mesh trains there, on rows from anywhere.
     """
     if (left := config.steps - int(jnp.max(state.step))) < x.shape[0]:
         raise InputError(f"x: found {x.shape[0]} steps, expected at most {left}: config.steps is {config.steps}")
@@ -73,7 +79,14 @@ def run(
         if x.ndim != 4 or sites.shape != expected:
             found = f"shape {sites.shape} with x of {x.ndim} axes"
             raise InputError(f"sites: found {found}, expected {expected} and x of steps, sites, batch, d_model")
-    return _run(Batches(config, x, y, sites, at_once), state)
+    if (mesh := sharding.mesh_of(state)) is None:
+        return _run(Batches(config, x, y, sites, at_once, None), state)
+    axis = 1 if sites is None else 2
+    where = across.by_rows(mesh, x.shape[axis], axis)
+    rows = (jax.device_put(x, where), None if y is None else jax.device_put(y, where))
+    everywhere = jax.device_put(sites, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        return _run(Batches(config, *rows, everywhere, at_once, mesh), state)
 
 
 def _row_axes(state: TrainState) -> int:
@@ -116,7 +129,8 @@ def _run(batches: Batches, state: TrainState) -> tuple[TrainState, StepMetrics]:
             read, write = batch[0], batch[-1]
             if sites is not None:
                 read, write = _at(read, sites[0]), _at(write, sites[1])
-            return step(state, read, write, config)
+            state, metrics = step(state, read, write, config)
+            return sharding.kept(state, batches.mesh), metrics
 
         return lax.scan(turn, state, (batches.x,) if batches.y is None else (batches.x, batches.y))
 
@@ -125,12 +139,14 @@ def _run(batches: Batches, state: TrainState) -> tuple[TrainState, StepMetrics]:
     if at_once is None:
         at_once = 1 if jax.default_backend() == "cpu" else state.step.shape[0]
     if at_once > 1:
-        return lax.map(lambda one: member(*one), (state, batches.sites), batch_size=at_once)
+        state, metrics = lax.map(lambda one: member(*one), (state, batches.sites), batch_size=at_once)
+        return sharding.kept(state, batches.mesh), metrics
 
     def in_turn(state, place):  # carried, so that members are replaced where they are: lax.map would hold all twice
         at, sites = place
         one, metrics = member(jax.tree.map(lambda leaf: leaf[at], state), sites)
-        return jax.tree.map(lambda leaf, new: leaf.at[at].set(new), state, one), metrics
+        state = jax.tree.map(lambda leaf, new: leaf.at[at].set(new), state, one)
+        return sharding.kept(state, batches.mesh), metrics
 
     return lax.scan(in_turn, state, (jnp.arange(state.step.shape[0]), batches.sites))
 
