@@ -29,7 +29,7 @@ import sae
 import steer
 import tolerances
 import train_sae
-from qwen_lab import corpus, errors, jobs, places, runs, sources, splicing, stopping, texts
+from qwen_lab import corpus, errors, jobs, places, runs, settings, sources, splicing, stopping, texts
 from running import ROOT, run, run_experiment, short_tasks, small
 from sae.evaluation import metrics
 
@@ -44,6 +44,16 @@ def trained(tmp_path_factory) -> Path:
     for word in ("share of the time: model", "buffer", "SAE", "on held-out tasks", "loss curve", "next: python"):
         assert word in said
     return out
+
+
+def test_model_buffer_and_dictionary_share_a_mesh(tmp_path: Path):
+    config = small(tmp_path / "run", mesh="data=2,model=2")
+    job = jobs.open_job(config)
+    run = runs.Run(config, job.members, job.source, job.mesh)
+    assert isinstance(job.source, sources.Live)
+    held = run.state.module.encoder, run.rows.bits, job.source.model.blocks[0].attn.q.weight
+    assert [array.sharding.mesh for array in held] == [job.mesh] * 3
+    assert settings.settled(config) == settings.settled(small(tmp_path / "run"))  # so it goes on without one
 
 
 def test_a_run_leaves_an_sae_a_picture_and_metrics_of_tasks_it_never_saw(trained: Path):

@@ -213,7 +213,7 @@ def test_top_p_1_is_plain_sampling():
 def test_no_prompt_gives_nothing_in_the_right_shapes():
     out = generate([])
     assert (out.tokens.shape, out.lengths.shape, out.log_probs.shape) == ((0, NEW), (0,), (0, NEW))
-    assert (out.activations.shape, out.prompt_activations.shape) == ((10, 0, NEW, 16), (10, 0, 16, 16))
+    assert (out.activations.shape, out.prompt_activations.shape) == ((12, 0, NEW, 16), (12, 0, 16, 16))
 
 
 def test_a_model_filled_to_its_last_position():

@@ -2,15 +2,24 @@
 
 import errno
 import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import sae
+from sae import files, storage
 from sae.errors import DiskFull, InputError
 from sae.training import checkpoint
+
+
+class _Pair(NamedTuple):
+    a: Any
+    n: Any
+
 
 STATE = {"a": jnp.arange(3.0), "key": jax.random.key(3), "n": jnp.int32(7)}
 
@@ -84,6 +93,52 @@ def test_damage_is_refused(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(InputError, match="digest"):
         checkpoint.load(tmp_path, STATE)
+
+
+def test_a_large_one_goes_to_a_url_in_parts(monkeypatch):
+    monkeypatch.setattr(storage, "AT_ONCE", 16)
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 16)
+    state = {"a": jnp.arange(30.0).reshape(5, 6), "n": jnp.int32(7)}
+    checkpoint.save("memory://checkpoint-in-parts", 1, state)
+    again, _, _ = checkpoint.load("memory://checkpoint-in-parts", jax.tree.map(jnp.zeros_like, state))
+    np.testing.assert_array_equal(again["a"], state["a"])
+
+
+def _sliced(home, tensors):
+    """A checkpoint as several processes leave one."""
+    folder = home / "00000001"
+    folder.mkdir()
+    digests = {}
+    for number, each in enumerate(tensors):
+        name = f"state-{number:05d}-of-{len(tensors):05d}.safetensors"
+        digests[name] = files.digest(safetensors.numpy.save(each))
+        (folder / name).write_bytes(safetensors.numpy.save(each))
+    note = {"format": 2, "step": 1, "digest": digests, "leaves": {}, "cursor": {}}
+    (folder / "state.json").write_bytes(files.dump_json(note))
+
+
+def test_slices_of_several_processes_are_put_together(tmp_path):
+    whole = np.arange(12, dtype=np.float32).reshape(3, 4)
+    first = {"a[0:3,0:1]": whole[:, :1].copy(), "n[]": np.array(7, np.int32)}
+    _sliced(tmp_path, [first, {"a[0:3,1:4]": whole[:, 1:].copy()}])
+    again, _, _ = checkpoint.load(tmp_path, _Pair(jnp.zeros((3, 4)), jnp.int32(0)))
+    np.testing.assert_array_equal(again.a, whole)
+    assert int(again.n) == 7
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a[0:2]", "a[3:5]"], "found slices of 4 values, expected 5"),
+        (["a[0:3]"], r"'a\[0:3\]' of shape \(2,\), expected a leaf's name and place"),
+        (["a"], "expected a leaf's name and place"),
+        (["a[x:2]"], "expected a leaf's name and place"),
+    ],
+)
+def test_wrong_slices_are_refused(tmp_path, names, said):
+    _sliced(tmp_path, [{name: np.zeros(2, np.float32)} for name in names])
+    with pytest.raises(InputError, match=said):
+        checkpoint.load(tmp_path, _Pair(jnp.zeros(5), None))
 
 
 def test_every_dtype_comes_back(tmp_path):

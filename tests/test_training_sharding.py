@@ -85,7 +85,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     state, _ = start("muon")
     placed = training.place(state, mesh_of(4, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "AT_ONCE", 512)
+        patch.setattr(checkpoint, "AT_ONCE", 1024)
         checkpoint.save(tmp_path, 1, placed)
     blank = jax.tree.map(jnp.zeros_like, state)
     for like in (blank, training.place(blank, mesh_of(2, 4))):

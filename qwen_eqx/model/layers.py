@@ -59,7 +59,10 @@ class Linear(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch {self.weight.shape[1]}"]
     ) -> Float32[Array, "*batch {self.weight.shape[0]}"]:
-        y = matmul(x, self.weight)
+        return self.shifted(matmul(x, self.weight))
+
+    def shifted(self, y: Float32[Array, "*batch d_out"]) -> Float32[Array, "*batch d_out"]:
+        """y + b."""
         if self.bias is None:
             return y
         bias = self.bias.astype(jnp.float32)  # added to the float32 accumulator, before it is rounded

@@ -86,7 +86,7 @@ def _surprise(
     room = pieces * size - positions
     xs = jnp.pad(x, ((0, room), (0, 0))).reshape(pieces, size, -1)
     each = jnp.pad(targets, (0, room)).reshape(pieces, size)
-    if mesh is not None:  # of every piece, not every so-manieth piece
+    if mesh is not None:  # the rows of each piece are shared, for pieces are made one after another
         xs, each = jax.lax.with_sharding_constraint((xs, each), NamedSharding(mesh, P(None, "data")))
     again = eqx.filter_checkpoint(piece)
     surprise, right = jax.lax.map(lambda one: again(model, *one), (xs, each))

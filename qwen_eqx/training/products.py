@@ -20,8 +20,8 @@ class Trained(Linear):
     def __call__(
         self, x: Float[Array, "*batch {self.weight.shape[1]}"]
     ) -> Float32[Array, "*batch {self.weight.shape[0]}"]:
-        y = product(x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], self.weight.shape[0])
-        return y if self.bias is None else y + self.bias.astype(jnp.float32)
+        y = product(x.reshape(-1, x.shape[-1]), self.weight)
+        return self.shifted(y.reshape(*x.shape[:-1], self.weight.shape[0]))
 
 
 def trained(model: Qwen) -> Qwen:
