@@ -156,7 +156,8 @@ def test_flags_win_over_a_cluster_and_a_cluster_over_none(monkeypatch: pytest.Mo
         assert Hosts.of(OfHosts(workers_of="1/2")) is None
         asked = []
         monkeypatch.setattr(hosts.jax.config, "update", lambda name, value: asked.append((name, value)))
-        hosts.take_devices(cli.console)
+        for alone in (cli.console, OfHosts(processes=1), OfHosts(coordinator="h:1", processes=2, process_id=1)):
+            hosts.take_devices(alone)
         assert asked == []
         hosts.take_devices(OfHosts())
         assert asked == [("jax_cuda_visible_devices", "1"), ("jax_rocm_visible_devices", "1")]

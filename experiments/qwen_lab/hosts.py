@@ -101,7 +101,10 @@ class Hosts(NamedTuple):
 
 def take_devices(asked: Any) -> None:
     """Leaves a process its own devices of a node where a cluster started several; before JAX looks for any."""
-    if isinstance(asked, OfHosts) and Hosts.of(asked) is not None and (local := _cluster()[3]):
+    told = (
+        not isinstance(asked, OfHosts) or asked.coordinator is not None
+    )  # who says which process it is says so of devices
+    if not told and Hosts.of(asked) is not None and (local := _cluster()[3]):
         for kind in ("cuda", "rocm"):
             jax.config.update(f"jax_{kind}_visible_devices", ",".join(map(str, local)))
 
