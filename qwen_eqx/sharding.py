@@ -151,6 +151,11 @@ def mesh_of(model: Any) -> Mesh | None:
     return None
 
 
+def platform(mesh: Mesh | None) -> str | None:
+    """What a program for this mesh is compiled for; None: whatever is the default."""
+    return None if mesh is None else mesh.devices.flat[0].platform
+
+
 def bytes_per_device(model: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> int:
     """Bytes of weights on each device of a mesh; of a skeleton as of a model, and of devices that are not here."""
     leaves, places = jax.tree.leaves(model), jax.tree.leaves(shardings(model, mesh, over=over))

@@ -45,7 +45,7 @@ def topped(x: jax.Array) -> jax.Array:
 # six rows, each steered its own way, one position of all patched
 EDITS = [
     qwen_eqx.Steer(own((6, 16)), site="blocks.0.hook_resid_mid"),
-    qwen_eqx.Patch(own((1, 16)), [0], site="blocks.0.hook_resid_pre"),
+    qwen_eqx.Patch(own((1, 16)), np.zeros(1, np.int32), site="blocks.0.hook_resid_pre"),
     qwen_eqx.Replace(topped, site="blocks.0.hook_mlp_out"),
 ]
 SAMPLER = qwen_eqx.Chain(qwen_eqx.RepetitionPenalty(1.3), qwen_eqx.TopK(5), qwen_eqx.Temperature(1.0))
@@ -95,7 +95,7 @@ def same(found: list[Any], expected: list[Any]) -> None:
     for one, other in zip(found, expected, strict=True):
         one, other = np.asarray(one), np.asarray(other)
         if one.dtype.kind == "f":
-            np.testing.assert_allclose(one, other, **SAME_F32)
+            np.testing.assert_allclose(one, other, rtol=SAME_F32["rtol"], atol=SAME_F32["atol"])
         else:
             np.testing.assert_array_equal(one, other)
 
@@ -159,7 +159,8 @@ def stepping(spec: str) -> tuple[Any, Any]:
     options = scheduler.ScheduleOptions(max_new_tokens=4, slots=8, sampler=SAMPLER, edits=EDITS[2:], capture=capture)
     generator = scheduler.Generator.init(many, options, prompts=8, width=8)
     state = scheduler._vacant(many, generator, 8)
-    return scheduler._run.lower(scheduler._Program(many, generator), state).compile().compiled, state
+    run: Any = scheduler._run
+    return run.lower(scheduler._Program(many, generator), state).compile().compiled, state
 
 
 # whether any row has ended; of what a step computes nothing where only rows are dealt
