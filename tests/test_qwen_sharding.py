@@ -106,8 +106,8 @@ def test_every_device_holds_its_share_and_says_what_it_holds_whole(
     for path in hf.name_table(skeleton).values():
         leaf = hf._at(skeleton, path)
         kind = path.rpartition(".")[0].rpartition(".")[2]
-        counts = {"q": ["heads", "d_model"], "k": ["kv_heads", "d_model"], "v": ["kv_heads", "d_model"]}
-        counts |= {"o": ["d_model", "heads"], "gate": ["d_ff", "d_model"], "up": ["d_ff", "d_model"]}
+        counts = {"q": ["kv_heads", "d_model"], "k": ["kv_heads", "d_model"], "v": ["kv_heads", "d_model"]}
+        counts |= {"o": ["d_model", "kv_heads"], "gate": ["d_ff", "d_model"], "up": ["d_ff", "d_model"]}
         counts |= {"down": ["d_model", "d_ff"], "embed": ["vocab", "d_model"], "head": ["vocab", "d_model"]}
         counts |= {"q_norm": [], "k_norm": []}
         of_leaf = counts.get(kind, ["d_model"])[: leaf.ndim]
@@ -153,8 +153,8 @@ def test_each_part_is_read_once_and_no_tensor_whole(saved: Path, monkeypatch: py
 def test_what_is_not_split_is_said(saved: Path, caplog: pytest.LogCaptureFixture):
     hf.load_model(saved, mesh=qwen_eqx.make_mesh("data=2,model=4"))
     assert [record.message for record in caplog.records] == [
-        "mesh data=2,model=4: kv_heads=2 is no multiple of model=4: every device holds all kv_heads",
-        "mesh data=2,model=4: vocab=97 is no multiple of model=4: every device holds all vocab",
+        "mesh data=2,model=4: kv_heads=2 is no multiple of model=4: every device holds all of them",
+        "mesh data=2,model=4: vocab=97 is no multiple of model=4: every device holds all of them",
     ]
 
 
