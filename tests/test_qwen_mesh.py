@@ -141,6 +141,12 @@ def test_a_device_makes_of_its_rows_bit_for_bit_what_one_alone_makes_of_them():
         np.testing.assert_array_equal(whole.activations[:, at : at + 2], alone.activations)
 
 
+def test_progress_is_that_of_the_rows_that_were_asked_for():
+    heard: list[qwen_eqx.Progress] = []
+    out = qwen_eqx.generate(model("data=4"), PROMPTS[:3], max_new_tokens=4, progress=heard.append)
+    assert (heard[-1].tokens, heard[-1].rows_done, heard[-1].rows) == (int(out.lengths.sum()), 3, 3)
+
+
 def test_a_capture_stays_where_it_was_computed():
     out = qwen_eqx.generate(model("data=4"), [*PROMPTS, [3], [9, 9]], max_new_tokens=4, capture=qwen_eqx.Capture([0]))
     assert out.activations is not None
