@@ -123,7 +123,7 @@ def measure(
     if config.votes > 1:
         results[f"{config.votes} votes"] = exams.rates(marks, "voted")
     if config.random:
-        blank = qwen_eqx.Qwen.init(model.config, key=jax.random.key(0), dtype=jnp.float32)
+        blank = meshes.beside(model, qwen_eqx.Qwen.init(model.config, key=jax.random.key(0), dtype=jnp.float32))
         with cli.bar(len(asked), "random weights", "tasks") as advance:
             drawn = list(exams.examine(blank, tokenizer, asked, asking, votes=1, advance=advance, **how))
         results["random weights"] = exams.rates(drawn, "greedy")

@@ -20,7 +20,21 @@ from rich.table import Table
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, cli, corpus, features, figures, files, flags, labels, loading, locks, provenance, wording
+from qwen_lab import (
+    bounds,
+    cli,
+    corpus,
+    features,
+    figures,
+    files,
+    flags,
+    labels,
+    loading,
+    locks,
+    meshes,
+    provenance,
+    wording,
+)
 from qwen_lab.bounds import Count, CountOrNone, Seed, Whole
 from qwen_lab.errors import InputError
 from qwen_lab.evaluation import Data
@@ -79,7 +93,7 @@ def read(
 ) -> tuple[Data, Data]:
     """What the model computes, and what a model of the same shape with random weights does."""
     places = [one.place for one in dictionaries]
-    blank = qwen_eqx.Qwen.init(model.config, key=jax.random.key(0), dtype=jnp.float32)
+    blank = meshes.beside(model, qwen_eqx.Qwen.init(model.config, key=jax.random.key(0), dtype=jnp.float32))
     reading = cli.progress(documents, len(documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, places, name)
     return data, Data.read(blank, tokenizer, documents, places, "random weights")

@@ -70,7 +70,7 @@ def find(
     config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, families: tuple[str, ...]
 ) -> dict[str, list[dict[str, Any]]]:
     """Family -> a line for each place and site, with what a model of the same shape with random weights gives."""
-    blank = qwen_eqx.Qwen.init(model.config, key=jax.random.key(config.seed), dtype=jnp.float32)
+    blank = meshes.beside(model, qwen_eqx.Qwen.init(model.config, key=jax.random.key(config.seed), dtype=jnp.float32))
     sites = ["blocks.0.hook_resid_pre", *(f"blocks.{n}.hook_resid_post" for n in range(model.config.layers))]
     results = {}
     for family in cli.progress(families, len(families), "probing", "families"):

@@ -17,18 +17,18 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from qwen_eqx.errors import InputError
 
 AXES = ("data", "model")
-# path of a parameter -> what its dimensions count; those that are not named are never split
+# path of a parameter -> what its dimensions count; those that are not named are never split. Query heads are split as the
+# key heads they read are: were they split finer, the cache would be gathered every step
 RULES: dict[str, tuple[str | None, ...]] = {
     r"embed\.table|head\.weight": ("vocab", "d_model"),
-    r"blocks\.\d+\.attn\.q\.(weight|bias)": ("heads", "d_model"),
-    r"blocks\.\d+\.attn\.[kv]\.(weight|bias)": ("kv_heads", "d_model"),
-    r"blocks\.\d+\.attn\.o\.weight": ("d_model", "heads"),
+    r"blocks\.\d+\.attn\.[qkv]\.(weight|bias)": ("kv_heads", "d_model"),
+    r"blocks\.\d+\.attn\.o\.weight": ("d_model", "kv_heads"),
     r"blocks\.\d+\.mlp\.(gate|up)\.weight": ("d_ff", "d_model"),
     r"blocks\.\d+\.mlp\.down\.weight": ("d_model", "d_ff"),
     r"(blocks\.\d+\.(attn|mlp)_)?norm\.weight": ("d_model",),
 }
 # what dimensions count -> the axis that shares it; where the axis does not divide the count, every device holds all of it
-TENSOR: dict[str, str] = {"heads": "model", "kv_heads": "model", "d_ff": "model", "vocab": "model"}
+TENSOR: dict[str, str] = {"kv_heads": "model", "d_ff": "model", "vocab": "model"}
 FULLY_SHARDED: dict[str, str] = {**TENSOR, "d_model": "data"}  # for training: weights and optimizer over `data` too
 
 AnyMesh = Mesh | AbstractMesh
@@ -124,7 +124,7 @@ def _axis(count: str | None, config: Any, mesh: AnyMesh, over: Mapping[str, str]
 def not_split(config: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> list[str]:
     """What every device holds whole because its axis does not divide it, one line each."""
     return [
-        f"{count}={getattr(config, count)} is no multiple of {axis}={mesh.shape[axis]}: every device holds all {count}"
+        f"{count}={getattr(config, count)} is no multiple of {axis}={mesh.shape[axis]}: every device holds all of them"
         for count, axis in over.items()
         if _axis(count, config, mesh, over) is None
     ]
@@ -151,6 +151,11 @@ def mesh_of(model: Any) -> Mesh | None:
     return None
 
 
+def platform(mesh: Mesh | None) -> str | None:
+    """What a program for this mesh is compiled for; None: whatever is the default."""
+    return None if mesh is None else mesh.devices.flat[0].platform
+
+
 def bytes_per_device(model: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> int:
     """Bytes of weights on each device of a mesh; of a skeleton as of a model, and of devices that are not here."""
     leaves, places = jax.tree.leaves(model), jax.tree.leaves(shardings(model, mesh, over=over))
@@ -174,10 +179,10 @@ def check_fits(model: Any, mesh: Mesh, free_bytes: int | None, over: Mapping[str
     raise InputError(f"mesh: {found}; expected a smaller model or larger devices: no mesh splits it so far")
 
 
-def share(config: Any, mesh: Mesh | None) -> Any:
+def share(config: Any, mesh: AnyMesh | None) -> Any:
     """The config of what one device holds of keys and values: its heads, where the mesh divides them."""
     size = 1 if mesh is None else mesh.shape["model"]
-    if config.heads % size or config.kv_heads % size:
+    if config.kv_heads % size:
         return config
     return dataclasses.replace(config, heads=config.heads // size, kv_heads=config.kv_heads // size)
 

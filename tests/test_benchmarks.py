@@ -20,6 +20,7 @@ RUNS = {
     "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],
     "extract": ["--prompts", "20", "--layers", "1", "--batch-tokens", "64", "--batches", "2", "--repeats", "1",
                 "--d-sae", "32", "--rows", "8", "--steps", "3"],
+    "scaling": ["--model", "1", "2", "--devices", "4"],
     "compile": ["--batch", "2", "--prompt", "20", "--max-new-tokens", "4", "--layers", "1"],
 }  # fmt: skip
 

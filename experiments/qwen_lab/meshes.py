@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 import qwen_eqx
+from qwen_eqx import sharding
 from qwen_lab import cli
 
 
@@ -24,3 +25,9 @@ class OnMesh:
         if len(there) > 1 and there[0].platform != "cpu":  # one CPU device uses all cores
             cli.console.print(f"using 1 of {len(there)} devices; --mesh auto uses all", markup=False)
         return None
+
+
+def beside(model: qwen_eqx.Qwen, other: qwen_eqx.Qwen) -> qwen_eqx.Qwen:
+    """Another model on the devices of the first."""
+    mesh = sharding.mesh_of(model)
+    return other if mesh is None else qwen_eqx.shard(other, mesh)

@@ -20,10 +20,12 @@ class ActivationBuffer(eqx.Module):
     dtype: str = eqx.field(static=True)
 
     @classmethod
-    def init(cls, *, sites: int, batch: int, new: int, d_model: int, dtype: DTypeLike) -> "ActivationBuffer":
-        """Zeros."""
+    def init(
+        cls, *, sites: int, batch: int, new: int, d_model: int, dtype: DTypeLike, platform: str | None = None
+    ) -> "ActivationBuffer":
+        """Zeros, as this platform or else the default one updates them in place."""
         half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-        stored = jnp.uint16 if half and jax.default_backend() == "cpu" else dtype
+        stored = jnp.uint16 if half and (platform or jax.default_backend()) == "cpu" else dtype
         return cls(jnp.zeros((sites, batch, new, d_model), stored), jnp.dtype(dtype).name)
 
     def write(

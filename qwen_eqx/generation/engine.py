@@ -130,6 +130,7 @@ class Generator(eqx.Module):
                 new=new,
                 d_model=model.config.d_model,
                 dtype=self.settings.capture_dtype,
+                platform=sharding.platform(self.settings.mesh),
             )
         state = GenerationState(
             cache=cache,
@@ -154,13 +155,15 @@ class Generator(eqx.Module):
         state = eqx.tree_at(lambda s: s.cache, state, cache)
         return self.choose(state, model.logits(x[:, 0]), values if self.settings.keep_generated else None)
 
-    def loop(self, model: Qwen, state: GenerationState, watcher: Int[Array, ""] | None = None) -> GenerationState:
-        """Steps until every row is done, looking every `stride` steps; a watcher hears of it now and then."""
+    def loop(
+        self, model: Qwen, state: GenerationState, watcher: Int[Array, ""] | None = None, watched: int | None = None
+    ) -> GenerationState:
+        """Steps until every row is done, looking every `stride` steps; a watcher hears of the first rows now and then."""
 
         def step(_: Int[Array, ""], state: GenerationState) -> GenerationState:
             state = self.step(model, state)
             if watcher is not None:
-                report_now_and_then(watcher, state.column, state.length, state.done)
+                report_now_and_then(watcher, state.column, state.length[:watched], state.done[:watched])
             return state
 
         def steps(state: GenerationState) -> GenerationState:

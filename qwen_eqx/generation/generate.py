@@ -70,10 +70,11 @@ def generate(model: Qwen, prompts: Prompts, options: GenerateOptions) -> Generat
         return _nothing(model.config, generator.settings, width)
     generator, batch = _filled(generator, batch)
     batch = sharding.place_rows(batch, generator.settings.mesh)
-    with watching(options.progress, rows=batch.keys.shape[0], max_steps=options.max_new_tokens) as watcher:
-        out = _generate(model, generator, batch, watcher)
+    rows = asked * options.samples
+    with watching(options.progress, rows=rows, max_steps=options.max_new_tokens) as watcher:
+        out = _generate(model, generator, batch, watcher, None if watcher is None else rows)
     if len(batch.lengths) > asked:
-        out = _cut(out, prompts=asked, rows=asked * options.samples)
+        out = _cut(out, prompts=asked, rows=rows)
     activations = None if out.buffer is None else out.buffer.values
     return Generation(out.tokens, out.lengths, out.log_probs, activations, out.prompt_activations)
 
@@ -89,13 +90,15 @@ class _Outputs(NamedTuple):
 
 
 @eqx.filter_jit
-def _generate(model: Qwen, generator: Generator, batch: PromptBatch, watcher: Int[Array, ""] | None) -> _Outputs:
+def _generate(
+    model: Qwen, generator: Generator, batch: PromptBatch, watcher: Int[Array, ""] | None, watched: int | None
+) -> _Outputs:
     state, prompt_activations = generator.prefill(model, batch)
     if watcher is not None:
-        report(watcher, state.column, state.length, state.done)
-    state = generator.loop(model, state, watcher)
+        report(watcher, state.column, state.length[:watched], state.done[:watched])
+    state = generator.loop(model, state, watcher, watched)
     if watcher is not None:
-        report(watcher, state.column, state.length, state.done)
+        report(watcher, state.column, state.length[:watched], state.done[:watched])
     return _Outputs(state.tokens, state.length, state.log_probs, state.buffer, prompt_activations)
 
 
