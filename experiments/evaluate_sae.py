@@ -30,6 +30,7 @@ from qwen_lab import (
     locks,
     pages,
     provenance,
+    splicing,
     texts,
     wording,
 )
@@ -103,7 +104,7 @@ def measure(
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
-    files.expect_files(config.out, "run.json", "metrics.json", "report.html")
+    files.expect_files(config.out, "run.json", "metrics.json", "replacement.json", "report.html")
     provenance.record_run(config.out, config)
     reading = cli.progress(read.documents, len(read.documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], read.text.model or "")
@@ -114,7 +115,26 @@ def measure(
         said = {"source": given[one.name], "text": texts.compared(read.text, Text.of_metadata(one.metadata))}
         results[one.name] = {**said, "rows_of": read.rows_of(scores["rows"]), **scores}
     files.write_json(config.out / "metrics.json", results)
+    replace(config, data, dictionaries)
     report(config, data, results)
+
+
+def replace(config: Config, data: Data, dictionaries: Sequence[Dictionary]) -> None:
+    """Where transcoders of all MLPs are among them: what the model loses with these as its MLPs."""
+    documents = [document.tokens for document in data.documents]
+    sets = splicing.replacing(data.model.config, dictionaries)
+    if not sets:
+        return
+    scores = {
+        name: splicing.replaced(data.model, each, documents)
+        for name, each in cli.progress(list(sets.items()), len(sets), "replacing all MLPs", "sets")
+    }
+    files.write_json(config.out / "replacement.json", scores)
+    for name, found in scores.items():
+        shares = f"{found['ce_recovered']:.1%} of the cross-entropy and {found['kl_recovered']:.1%} of the KL"
+        cli.console.print(
+            f"in place of all MLPs ({name}): {shares} recovered, each reading what those before it left", markup=False
+        )
 
 
 def evaluate(config: Config, dictionary: Dictionary, data: Data, out: Path) -> dict[str, Any]:

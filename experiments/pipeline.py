@@ -201,7 +201,7 @@ def check_train(config: RunConfig, of: dict[str, Stage]) -> None:
             sites = sites_of(of["extract"].config)
     else:
         sites = sae.ActivationStore.open(config.store).sites
-    default = places.JOINED.join(sites) if settings.form_of(config).several_sites else sites[0]
+    default = places.default_held(sites, settings.form_of(config))
     sweeps.make_members(config, combined, places.among(sites), default)
 
 

@@ -31,12 +31,14 @@ from sae.forms.abstract import AbstractDictionary as AbstractDictionary
 from sae.forms.abstract import AbstractSAE as AbstractSAE
 from sae.forms.batchtopk import BatchTopK as BatchTopK
 from sae.forms.clamped import Clamped as Clamped
+from sae.forms.clt import CLT as CLT
 from sae.forms.crosscoder import Crosscoder as Crosscoder
 from sae.forms.gated import Gated as Gated
 from sae.forms.jumprelu import JumpReLU as JumpReLU
 from sae.forms.ksparse import AbstractKSparse as AbstractKSparse
 from sae.forms.matryoshka import Matryoshka as Matryoshka
 from sae.forms.relu import ReLU as ReLU
+from sae.forms.skip import SkipTranscoder as SkipTranscoder
 from sae.forms.topk import TopK as TopK
 from sae.forms.transcoders import Transcoders as Transcoders
 from sae.training import NotFinite as NotFinite

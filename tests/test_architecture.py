@@ -38,7 +38,7 @@ ORDER = {
         "codes": ["select", "products"],
         "forms": [
             "losses", "objective", "abstract", "ksparse", "relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated",
-            "crosscoder", "clamped", "transcoders",
+            "skip", "crosscoder", "clt", "clamped", "transcoders",
         ],
         "data": [
             "plan", "rows", "shards", "store", "writer", "shuffle", "prefetch", "statistics", "buffer", "synthetic",

@@ -88,6 +88,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "transcoder": (lambda: dictionary("gated", d_out=6), ["Gated(d_model=8, d_out=6, d_sae=32, float32)"]),
     "crosscoder": (lambda: dictionary("crosscoder", sites=3), ["Crosscoder(sites=3, d_model=8, d_sae=32, k=4, float32)"]),
+    "clt": (lambda: dictionary("clt", sites=2), ["CLT(sites=2, d_model=8, d_sae=32, k=4, float32)"]),
     "dictionary of booleans": (lambda: jax.tree.map(lambda _: True, dictionary("topk")), ["TopK(no arrays)"]),
     "skeleton of a dictionary": (lambda: jax.eval_shape(lambda: dictionary("topk")), ["TopK(d_model=8, d_sae=32, k=4"]),
     "clamped": (lambda: sae.Clamped(dictionary("relu"), jnp.int32(3), jnp.float32(2)), ["ReLU(d_model=8", "int32[]"]),
@@ -124,7 +125,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "report": (lambda: [report()], ["score 25.0% of 400 tasks"]),
 } | {
     form: (lambda form=form: dictionary(form), [f"{sae.FORMS[form].__name__}(d_model=8, d_sae=32", "float32)"])
-    for form in sae.FORMS if form != "crosscoder"
+    for form, kind in sae.FORMS.items() if not kind.several_sites
 }  # fmt: skip
 
 

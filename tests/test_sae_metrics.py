@@ -22,7 +22,7 @@ LABELS = jnp.arange(60) % 9
 
 def make(form, d_out=None):
     """A module some of whose latents never fire and one of which always does."""
-    extra = {"k": 3} if form in ("topk", "batchtopk", "matryoshka") else {}
+    extra = {"k": 3} if "k" in sae.FORMS[form].details else {}
     module = sae.FORMS[form].init(d_model=6, d_sae=12, key=jax.random.key(0), d_out=d_out, **extra)
     bias = module.b_enc.at[0].set(-100.0).at[1].set(100.0)
     return module.__class__(**{**vars(module), "b_enc": bias})

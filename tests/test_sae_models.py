@@ -16,7 +16,7 @@ from sae.errors import InputError
 ONE_SITE = [name for name, form in sae.FORMS.items() if not form.several_sites]  # the others: test_sae_crosscoder
 
 KEY = jax.random.key(0)
-K_FORMS = ("topk", "batchtopk", "matryoshka")
+K_FORMS = [name for name in ONE_SITE if "k" in sae.FORMS[name].details]
 
 
 def make(form, d_model=8, d_sae=16, d_out=None, k=3):

@@ -29,7 +29,7 @@ METADATA = {"model_name": "tiny-random", "hook_name": "blocks.2.hook_resid_post"
 
 def trained(form: str, d_out: int | None = None, seed: int = 0) -> sae.AbstractSAE:
     """A module of a form whose every parameter has moved from where init puts it."""
-    extra = {"k": 3} if form in {"topk", "batchtopk", "matryoshka"} else {}
+    extra = {"k": 3} if "k" in sae.FORMS[form].details else {}
     key = jax.random.key(seed)
     module = sae.FORMS[form].init(d_model=6, d_sae=16, d_out=d_out, key=key, **extra)
     leaves, structure = jax.tree.flatten(module)
@@ -61,10 +61,10 @@ def test_every_form_comes_back_as_it_was_saved(tmp_path_factory, form, d_out, se
 
 @pytest.mark.parametrize("form", ONE_SITE)
 def test_a_fresh_module_comes_back_too(tmp_path, form):
-    extra = {"k": 3} if form in {"topk", "batchtopk", "matryoshka"} else {}
+    extra = {"k": 3} if "k" in sae.FORMS[form].details else {}
     module = sae.FORMS[form].init(d_model=6, d_sae=16, key=jax.random.key(0), **extra)
     rows = jax.random.normal(jax.random.key(1), (50, 6))
-    if form in ("batchtopk", "matryoshka"):
+    if hasattr(module, "with_threshold"):
         with pytest.raises(sae.InputError, match=r"threshold: found none learned.*with_threshold"):
             sae.save(module, tmp_path / "no", {})
         assert not (tmp_path / "no").exists()

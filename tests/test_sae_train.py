@@ -14,8 +14,8 @@ from sae.forms.objective import Hyper
 from sae.training import checkpoint, loop, step
 
 X = jax.random.normal(jax.random.key(1), (6, 32, 8))
-K_FORMS = ("topk", "batchtopk", "matryoshka")
 ONE_SITE = [name for name, form in sae.FORMS.items() if not form.several_sites]  # the others: test_sae_crosscoder
+K_FORMS = [name for name in ONE_SITE if "k" in sae.FORMS[name].details]
 
 
 def start(form="topk", seed=0, k=2, config=None, d_sae=16, **changes):

@@ -95,7 +95,7 @@ def reconstruct(dictionary: Dictionary, data: Data, sink_times: float) -> tuple[
     ]
     starts = [f"{start}+" for start in POSITIONS]
     groups = {"position": _named(totals[0], starts), "task": _named(totals[1], tasks)}
-    return totals[1], groups | _by_site(dictionary, x[keep], y[keep], metrics.summary(totals[1])["l0"])
+    return totals[1], groups | by_site(dictionary, x[keep], y[keep], metrics.summary(totals[1])["l0"])
 
 
 def totals_of(
@@ -123,7 +123,7 @@ def _named(total: metrics.Totals, names: Sequence[str]) -> dict[str, dict[str, f
     return {name: row for name, row in rows.items() if row["rows"] and np.isfinite(row["fvu"])}
 
 
-def _by_site(dictionary: Dictionary, x: Float[Array, "rows ..."], y: Float[Array, "rows ..."], l0: float) -> Groups:
+def by_site(dictionary: Dictionary, x: Float[Array, "rows ..."], y: Float[Array, "rows ..."], l0: float) -> Groups:
     """FVU of each site that is written, where there are several: one that is long outweighs the others in the total."""
     if len(dictionary.place.writes) == 1:
         return {}

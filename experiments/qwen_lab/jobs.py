@@ -46,7 +46,7 @@ def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:
 
 def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     store = sae.ActivationStore.open(files.location(config.store))
-    default = places.JOINED.join(store.sites) if form_of(config).several_sites else store.sites[0]
+    default = places.default_held(store.sites, form_of(config))
     members = sweeps.make_members(config, combined, places.in_store(store), default)
     sites = sweeps.sites_of(members)
     source = sources.Stored(

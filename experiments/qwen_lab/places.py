@@ -17,7 +17,7 @@ JOINED = "+"  # between the sites of a dictionary that reads several
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An autoencoder writes the sites it reads, a transcoder reads one and writes another."""
+    """An autoencoder writes the sites it reads, a transcoder others: of each that it reads a later one."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -26,12 +26,16 @@ class Place:
         for sites in (self.reads, self.writes):
             if len(set(sites)) != len(sites):
                 raise InputError(f"--site: found {JOINED.join(sites)}, expected each site once")
-        before, after = map(qwen_eqx.Site.spelled, (self.reads[0], self.writes[0]))
-        if before and after and after < before and self.transcodes:
+        if self.transcodes and len(self.reads) != len(self.writes):
             raise InputError(
-                f"--target-site: found {self.writes[0]}, which the model computes before {self.reads[0]}, expected a later "
-                "site"
+                f"--target-site: found {len(self.writes)} sites, expected {len(self.reads)}: as many as are read"
             )
+        for read, write in zip(self.reads, self.writes, strict=True):
+            before, after = map(qwen_eqx.Site.spelled, (read, write))
+            if before and after and after < before and self.transcodes:
+                raise InputError(
+                    f"--target-site: found {write}, which the model computes before {read}, expected a later site"
+                )
 
     @property
     def transcodes(self) -> bool:
@@ -129,7 +133,8 @@ def from_flags(
     layer, site, target = flags.layer, flags.site, flags.target_site
     if layer is not None and site is not None:
         raise InputError(f"--layer, --site: found both ({layer}, {site}), expected one of them")
-    name = site or (default if layer is None else f"blocks.{layer}.hook_resid_post")
+    named = default if layer is None else mlps([layer]) if form.transcodes else f"blocks.{layer}.hook_resid_post"
+    name = site or named
     if name is None:
         raise InputError("--site: found none and the SAE names none, expected --layer or --site")
     reads, _, writes = name.partition(":")
@@ -142,7 +147,9 @@ def from_flags(
         raise InputError(
             f"--target-site: found {writes}, the site that is read, expected another; an autoencoder needs none"
         )
-    if form.several_sites and place.transcodes:
+    if form.transcodes and not place.transcodes:
+        raise InputError(f"--target-site: found none, expected one: a {form.name} writes a later site than it reads")
+    if form.several_sites and place.transcodes and not form.transcodes:
         raise InputError(f"--target-site: found {writes}, expected none: a {form.name} writes the sites it reads")
     if not form.several_sites and len(place.sites) > 1 + place.transcodes:
         able = ", ".join(name for name, other in sae.FORMS.items() if other.several_sites)
@@ -172,6 +179,30 @@ def among(sites: Sequence[str]) -> Callable[[str], str]:
 
 
 def default_sites(config: qwen_eqx.QwenConfig, form: type[sae.AbstractDictionary]) -> str:
-    """The residual stream after the first of the late blocks; after all of them for a form that reads several sites."""
-    late = [str(qwen_eqx.Site(layer, "resid_post")) for layer in parse_layers("late", config.layers)]
-    return JOINED.join(late) if form.several_sites else late[0]
+    """The residual stream after the first of the late blocks; after all of them for a form that reads several sites.
+
+    A form that only transcodes has the MLP of that block, or those of all blocks.
+    """
+    late = parse_layers("late", config.layers)
+    if form.transcodes:
+        return mlps(range(config.layers) if form.several_sites else late[:1])
+    sites = [str(qwen_eqx.Site(layer, "resid_post")) for layer in late]
+    return JOINED.join(sites) if form.several_sites else sites[0]
+
+
+def default_held(sites: Sequence[str], form: type[sae.AbstractDictionary]) -> str | None:
+    """The first site that a store holds; all of them for a form that reads several.
+
+    For a form that only transcodes the first MLP that it holds both ends of, or all; None where there is none.
+    """
+    if not form.transcodes:
+        return JOINED.join(sites) if form.several_sites else sites[0]
+    held = [site for site in map(qwen_eqx.Site.spelled, sites) if site is not None and site.kind == "mlp_out"]
+    layers = [site.layer for site in sorted(held) if str(qwen_eqx.Site(site.layer, "resid_mid")) in sites]
+    return mlps(layers if form.several_sites else layers[:1]) if layers else None
+
+
+def mlps(layers: Sequence[int]) -> str:
+    """What the MLPs of these blocks read and what they write, as --site spells it."""
+    ends = [[str(qwen_eqx.Site(layer, kind)) for layer in layers] for kind in ("resid_mid", "mlp_out")]
+    return ":".join(JOINED.join(sites) for sites in ends)

@@ -53,7 +53,7 @@ def make_module(member: Member, largest_k: int, d_model: int) -> sae.AbstractDic
     sizes: dict[str, Any] = {"d_model": d_model, "d_sae": config.d_sae, "key": jax.random.key(config.seed)}
     if form.several_sites:
         sizes["sites"] = len(member.place.reads)
-    if member.place.transcodes:
+    elif member.place.transcodes:
         sizes["d_out"] = d_model
     if "k" in form.details:
         sizes["k"] = largest_k
@@ -293,7 +293,9 @@ class Run:
             said = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
             said["rows_of"] = sources.rows_of(self.source, len(held_out))
             dictionary = Dictionary(member.name, module, member.place, metadata)
-            results[member.name] = Result(dictionary, where, metrics.summary(total) | said)
+            measured = metrics.summary(total)
+            sites = evaluation.by_site(dictionary, held_out[:, _at(reads)], held_out[:, _at(writes)], measured["l0"])
+            results[member.name] = Result(dictionary, where, measured | said | sites)
         files.write_json(self.config.out / "metrics.json", {name: one.metrics for name, one in results.items()})
         return results
 

@@ -32,7 +32,8 @@ class RunConfig(OfData):
     form: Form = "topk"
     """Of the dictionary."""
     sweep: flags.Axes = ()
-    """Axes such as k=8,16,32 or layer=1,2,3 (also lr, seed, sparsity, site); all combinations train at once on one pass."""
+    """Axes such as k=8,16,32, layer=1,2,3 or mlp=0,1,2 (also lr, seed, sparsity, site); all combinations train at once on
+    one pass. mlp=N is a transcoder of block N's MLP."""
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id. Live only."""
     revision: str | None = None
@@ -48,7 +49,8 @@ class RunConfig(OfData):
     held_out: Count = 20
     """Of these the last so many are never trained on; the metrics at the end are theirs."""
     layer: Whole | None = None
-    """Residual stream after this block. Without it the first of the late ones, or the store's first site."""
+    """Residual stream after this block. Without it the first of the late ones, or the store's first site. For the form skip
+    it is the MLP of this block; clt has those of all blocks."""
     site: str | None = None
     """Any other place, as TransformerLens or Hugging Face spell it. For instance blocks.2.hook_mlp_out; A+B for two."""
     target_site: str | None = None
@@ -65,7 +67,7 @@ class RunConfig(OfData):
     prompts: Count = 4
     """Prompts the model works on together."""
     d_sae: Count = 1024
-    """Latents."""
+    """Latents. Of a clt those of all blocks, equally many of each."""
     k: CountOrNone = None
     """Latents that fire per position. Exactly, on average or as a target, as the form's rule is; without it 16."""
     sparsity: Weight | None = None

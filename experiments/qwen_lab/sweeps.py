@@ -10,7 +10,7 @@ from qwen_lab.errors import InputError
 from qwen_lab.places import Place
 from qwen_lab.settings import RunConfig, check, form_of
 
-SWEEPABLE = {"k": int, "lr": float, "seed": int, "sparsity": float, "layer": int, "site": str}
+SWEEPABLE = {"k": int, "lr": float, "seed": int, "sparsity": float, "layer": int, "site": str, "mlp": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,11 @@ def combinations(config: RunConfig) -> list[dict[str, Any]]:
             raise InputError(f"--sweep: found {axis!r}, expected NAME=value,value with NAME of {names}") from None
         if len(set(axes[name])) != len(axes[name]):
             raise InputError(f"--sweep: found {axis!r}, expected each value once")
+    if "mlp" in axes:  # of a block: what it reads and what it writes
+        if "site" in axes or "layer" in axes:
+            raise InputError("--sweep: found mlp beside another axis of places, expected one of mlp, layer and site")
+        axes = {"site" if name == "mlp" else name: values for name, values in axes.items()}
+        axes["site"] = [places.mlps([layer]) for layer in axes["site"]]
     combined = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     for values in combined:
         check(dataclasses.replace(config, **values))
@@ -43,7 +48,7 @@ def combinations(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def make_members(
-    config: RunConfig, combined: Sequence[dict[str, Any]], known: Callable[[str], str], default: str
+    config: RunConfig, combined: Sequence[dict[str, Any]], known: Callable[[str], str], default: str | None
 ) -> list[Member]:
     """One member a combination, named after its place (if that is swept) and its values.
 

@@ -39,7 +39,7 @@ def totals(
     group = jnp.zeros(x.shape[0], jnp.int32) if group is None else group
     y = flat((x if target is None else target).astype(jnp.float32))
     z = module.encode(x)
-    y_hat = flat(module.decode(z))
+    y_hat = flat(module.complete(z, x))
     length, length_hat = jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(y_hat, axis=-1)
     dot, both = jnp.sum(y * y_hat, axis=-1), length * length_hat
 

@@ -41,12 +41,17 @@ ROWS = {
     "matryoshka": Row("jumprelu", "jumprelu_transcoder", trained_as="matryoshka_batchtopk"),
     "jumprelu": Row("jumprelu", "jumprelu_transcoder"),
     "gated": Row("gated", "gated_transcoder", opens=(True, False)),
+    "skip": Row("jumprelu_skip_transcoder", "jumprelu_skip_transcoder", trained_as="skip_batchtopk"),
     "crosscoder": Row("crosscoder", opens=(False, False)),  # ours: SAELens has none
+    "clt": Row("clt", opens=(False, False)),  # ours too
 }
 _TRAINED_AS = {row.trained_as: form for form, row in ROWS.items() if row.trained_as}  # also of training checkpoints
 _FORM_OF = _TRAINED_AS | {
-    name: form for form, row in ROWS.items() if not row.trained_as for name in row[:2] if name is not None
-}
+    name: form
+    for form, row in sorted(ROWS.items(), key=lambda item: not item[1].trained_as)
+    for name in row[:2]
+    if name is not None
+}  # of two forms with one name the one that is not trained as another
 _STRUCTURE = {"architecture", "d_in", "d_sae", "d_out", "dtype", "device", "k", "apply_b_dec_to_input", "metadata"}
 
 
@@ -66,7 +71,7 @@ def save(
     home = storage.place(directory)
     if module.name not in ROWS or FORMS.get(module.name) is not type(module):
         raise InputError(f"module: found {type(module).__name__}, expected one of {', '.join(ROWS)}")
-    if module.encoder.ndim != module.b_dec.ndim + 1 or module.b_enc.ndim != 1:
+    if module.b_enc.ndim != 1:
         raise InputError(
             f"module: encoder: found shape {module.encoder.shape}, expected one SAE: index the sweep first"
         )
@@ -211,7 +216,8 @@ def _exported(described: Description) -> dict[str, np.ndarray]:
 def _config(module: AbstractDictionary, described: Description, metadata: dict[str, Any]) -> dict[str, Any]:
     """SAELens' cfg.json."""
     row, details = ROWS[described.form], described.details
-    transcodes = not module.several_sites and (module.writes != module.reads or "hook_name_out" in metadata)
+    named = module.transcodes or module.writes != module.reads or "hook_name_out" in metadata
+    transcodes = not module.several_sites and named
     stale = {"training_architecture", "training_architecture_details"}  # of a form this SAE may have been loaded as
     metadata = {name: value for name, value in metadata.items() if name not in stale}
     if row.trained_as:

@@ -12,6 +12,7 @@ from sae.formats import circuit_tracer
 from sae.formats.load import Loaded, fetched, hub_parts, load_with_metadata, locate
 from sae.formats.saelens import CONFIG
 from sae.forms.abstract import AbstractSAE
+from sae.forms.clt import CLT
 from sae.forms.transcoders import Transcoders
 
 _OWN = ("hook_name", "hook_name_out", "training", "training_architecture", "training_architecture_details")
@@ -60,6 +61,8 @@ def _trained(source: str | Path, directory: Path) -> Transcoders:
     found: dict[tuple[str, str], dict[int, Loaded]] = {}
     for path in sorted(directory.glob(f"**/{CONFIG}")):
         loaded = load_with_metadata(path.parent)
+        if isinstance(loaded.module, CLT):
+            return _across(path.parent, loaded.module, loaded.metadata)
         if (place := _place(loaded.metadata)) is None:
             continue
         layer, *kinds = place
@@ -78,8 +81,25 @@ def _trained(source: str | Path, directory: Path) -> Transcoders:
     several = [module for module in modules if not isinstance(module, AbstractSAE)]
     if several:
         raise InputError(f"{source}: found a {several[0].name}, expected dictionaries that write one site")
-    metadata = {name: value for name, value in layers[0].metadata.items() if name not in _OWN}
-    return Transcoders.of([each for each in modules if isinstance(each, AbstractSAE)], *kinds, metadata)
+    single = [each for each in modules if isinstance(each, AbstractSAE)]
+    return Transcoders.of(single, *kinds, _said(layers[0].metadata))
+
+
+def _across(directory: Path, module: CLT, metadata: dict[str, Any]) -> Transcoders:
+    """A cross-layer transcoder, whose sites have to be those of all blocks in order."""
+    kinds = []
+    for name in ("hook_name", "hook_name_out"):
+        sites = str(metadata.get(name)).split("+")
+        kinds.append(sites[0].removeprefix("blocks.0."))
+        expected = [f"blocks.{layer}.{kinds[-1]}" for layer in range(module.sites)]
+        if sites != expected:
+            raise InputError(f"{directory}: {name}: found {sites}, expected a site of each block, such as {expected}")
+    return Transcoders.of(module, kinds[0], kinds[1], _said(metadata))
+
+
+def _said(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What dictionaries say that is true of all of a set."""
+    return {name: value for name, value in metadata.items() if name not in _OWN}
 
 
 def _place(metadata: dict[str, Any]) -> tuple[int, str, str] | None:

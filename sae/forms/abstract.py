@@ -44,6 +44,7 @@ class AbstractDictionary(eqx.Module):
     in_latent_units: ClassVar[tuple[str, ...]]  # the fields that scale as z does
     active_per_k: ClassVar[int | None] = None  # latents of one sample that `encode_sparse` looks for, over k
     several_sites: ClassVar[bool] = False  # a row is `sites d_model`
+    transcodes: ClassVar[bool] = False  # of use only where it writes other sites than it reads
     # how it trains, unless TrainConfig says otherwise
     unit_norm: ClassVar[bool] = True  # a trained module has rows of length 1
     free_norm: ClassVar[bool] = False  # while training, rows grow freely
@@ -64,8 +65,8 @@ class AbstractDictionary(eqx.Module):
         if shape is None:
             return f"{type(self).__name__}(no arrays)"  # a tree of anything may have this shape
         *members, d_sae = self.b_enc.shape
-        *sites, d_model = shape[self.b_enc.ndim :]
-        d_out = self.decoder.shape[-1]
+        *sites, d_out = self.decoder.shape[self.b_enc.ndim :]
+        d_model = shape[-1]
         sizes = {"members": members, "sites": sites, "d_model": [d_model], "d_out": [d_out] * (d_out != d_model)}
         spelled = [f"{name}={sizes[name][0]}" for name in sizes if sizes[name]] + [f"d_sae={d_sae}"]
         spelled += [f"{name}={getattr(self, name)}" for name in self.details]
@@ -77,8 +78,8 @@ class AbstractDictionary(eqx.Module):
 
     @property
     def reads(self) -> Shape:
-        """The shape of one row of input."""
-        return self.encoder.shape[1:]
+        """The shape of one row of input: as many sites as are written."""
+        return (*self.b_dec.shape[:-1], self.encoder.shape[-1])
 
     @property
     def writes(self) -> Shape:
@@ -134,8 +135,16 @@ class AbstractDictionary(eqx.Module):
         """
 
     def __call__(self, x: Float[Array, "*rows"]) -> Float[Array, "..."]:
-        """x̂ = decode(encode(x)), float32."""
-        return self.decode(self.encode(x))
+        """x̂ = decode(encode(x)) + beside(x), float32."""
+        return self.complete(self.encode(x), x)
+
+    def beside(self, x: Float[Array, "*rows"]) -> Float[Array, "..."] | float:
+        """What is added to the latents' part straight from x: nothing, but in forms with a skip connection."""
+        return 0.0
+
+    def complete(self, z: Float[Array, "*batch d_sae"], x: Float[Array, "*rows"]) -> Float[Array, "..."]:
+        """x̂ from latents of x, its own or others in their place."""
+        return self.decode(z) + self.beside(x)
 
     def encode_sparse(self, x: Float[Array, "*rows"], max_active: int | None = None) -> SparseCode:
         """The latents as (indices, values), largest first; exact while no sample fires more than `max_active`.
@@ -157,8 +166,8 @@ class AbstractDictionary(eqx.Module):
     def lengthened(self, by: Float[Array, " d_sae"]) -> "AbstractDictionary":
         """z_j times by_j > 0 and decoder_j over it: the same x̂, if the same latents fire."""
         names = [name for name in self.in_latent_units if getattr(self, name).ndim == self.b_enc.ndim]
-        over = jnp.expand_dims(by, range(1, self.encoder.ndim))
-        new = [self.encoder * over, self.decoder / over, *(getattr(self, name) * by for name in names)]
+        read, write = (jnp.expand_dims(by, range(1, each.ndim)) for each in (self.encoder, self.decoder))
+        new = [self.encoder * read, self.decoder / write, *(getattr(self, name) * by for name in names)]
         return eqx.tree_at(lambda m: [getattr(m, name) for name in ("encoder", "decoder", *names)], self, new)
 
     def unit_rows(self) -> "AbstractDictionary":

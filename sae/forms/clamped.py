@@ -8,7 +8,7 @@ from sae.forms.abstract import AbstractDictionary
 
 
 class Clamped(eqx.Module):
-    """x -> decode(z(x) with z_latent = value)."""
+    """x -> decode(z(x) with z_latent = value) + beside(x)."""
 
     module: AbstractDictionary
     latent: Int[Array, ""]
@@ -19,4 +19,4 @@ class Clamped(eqx.Module):
 
     def __call__(self, x: Float[Array, "*rows"]) -> Float[Array, "..."]:
         z = self.module.encode(x)
-        return self.module.decode(z.at[..., self.latent].set(self.value))
+        return self.module.complete(z.at[..., self.latent].set(self.value), x)

@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sae.codes.products import choose, pair_dots, pair_rows
-from sae.codes.select import batch_top_k, keep_largest
+from sae.codes.select import SparseCode, batch_top_k, keep_largest
 from sae.errors import InputError
 from sae.forms.abstract import AbstractDictionary
-from sae.forms.objective import Hyper, Objective, Selection, Taken
+from sae.forms.objective import Hyper, Objective, Selection, Taken, flat
 
 
 class AbstractKSparse(AbstractDictionary):
@@ -40,6 +40,13 @@ class AbstractKSparse(AbstractDictionary):
     @abstractmethod
     def sparse_loss(self, x: Float[Array, "batch ..."], y: Float[Array, "batch ..."], chosen: Selection) -> Objective:
         """`loss`, its values and gradients from the rows of the chosen latents alone."""
+
+    def offered(
+        self, x: Float[Array, "batch ..."], latents: Int[Array, " some"]
+    ) -> tuple[Float[Array, "batch some"], Float[Array, "some width"]]:
+        """Pre-activations of some latents, and what they write, several sites side by side: what AuxK is offered."""
+        pre = jnp.einsum("bd,sd->bs", flat(self.centre(x)), flat(self.encoder[latents]))
+        return pre + self.b_enc[latents][None], flat(self.decoder[latents])
 
 
 class AbstractBatchTopK(AbstractKSparse):
@@ -113,15 +120,20 @@ def batch_select(
     candidates: int,
 ) -> Selection:
     """The pairs that a batch keeps, of `candidates` a sample; `k`: at most, and now."""
-    batch, (most, now) = centred.shape[0], k
-    indices, pre = choose(centred, encoder, b_enc, candidates)
+    return kept_pairs(choose(centred, encoder, b_enc, candidates), encoder.shape[0], k)
+
+
+def kept_pairs(code: SparseCode, d_sae: int, k: tuple[int, Float[Array, ""]]) -> Selection:
+    """The batch·k largest of the candidates of each sample, largest first; `k`: at most, and now."""
+    (indices, pre), (most, now) = code, k
+    batch, candidates = indices.shape
     kept = keep_largest(jax.nn.relu(pre), jnp.round(batch * now).astype(jnp.int32))
     kept = kept & (pre > 0)
     # a batch keeps no more than batch·k, so the sparse products run over no more; of each row the first ones are kept
     pairs = min(batch * most, indices.size)
     counts = jnp.sum(kept.astype(jnp.int32), axis=-1)
     # not kept[:, -1]: a slice of what top_k returns makes XLA sort whole rows
-    overflow = jnp.any(counts == candidates) if candidates < encoder.shape[0] else jnp.array(False)
+    overflow = jnp.any(counts == candidates) if candidates < d_sae else jnp.array(False)
     ends = jnp.cumsum(counts)
     place = jnp.arange(pairs, dtype=jnp.int32)
     rows = jnp.minimum(jnp.searchsorted(ends, place, side="right"), batch - 1).astype(jnp.int32)

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sae.errors import InputError
-from sae.forms.abstract import AbstractSAE
+from sae.forms.abstract import AbstractDictionary, AbstractSAE
+from sae.forms.clt import CLT
+from sae.forms.skip import SkipTranscoder
 
 _CHUNK = 8192  # rows of an encoder on the device at once: a published one fills gigabytes
 
@@ -42,19 +44,37 @@ class Layer:
         if module.apply_b_dec_to_input:
             b_enc = b_enc - encoder @ np.asarray(module.b_dec)
         by_more = len(module.biases) > 1 or getattr(module, "exactly_k", False)
-        threshold = np.asarray(getattr(module, "threshold", 0.0), np.float32)
-        if threshold.min() < 0:
-            raise InputError(
-                f"threshold: found none learned, expected one: train the {module.name}, or take `with_threshold(rows)`"
-            )
+        threshold = _learned(module)
         return cls(
             encoder=encoder,
             b_enc=b_enc,
             decoder=np.asarray(module.decoder)[:, None],
             b_dec=np.asarray(module.b_dec),
             threshold=np.broadcast_to(threshold, b_enc.shape) if threshold.any() else None,
+            skip=np.asarray(module.skip).T if isinstance(module, SkipTranscoder) else None,
             rule=eqx.filter_jit(module.encode) if by_more else None,
         )
+
+    @classmethod
+    def across(cls, module: CLT) -> list["Layer"]:
+        """Of a cross-layer transcoder, one for each layer."""
+        encoder, b_enc, decoder, b_dec = map(np.asarray, (module.encoder, module.b_enc, module.decoder, module.b_dec))
+        threshold = np.full(module.per_layer, _learned(module))
+        parts = [slice(at * module.per_layer, (at + 1) * module.per_layer) for at in range(module.sites)]
+        return [
+            cls(encoder[own], b_enc[own], decoder[own, at:], b_dec[at], threshold if threshold.any() else None)
+            for at, own in enumerate(parts)
+        ]
+
+
+def _learned(module: AbstractDictionary) -> np.ndarray:
+    """The thresholds of a dictionary; 0 where its form has none."""
+    threshold = np.asarray(getattr(module, "threshold", 0.0), np.float32)
+    if threshold.min() < 0:
+        raise InputError(
+            f"threshold: found none learned, expected one: train the {module.name}, or take `with_threshold(rows)`"
+        )
+    return threshold
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,14 +109,15 @@ class Transcoders:
     @classmethod
     def of(
         cls,
-        dictionaries: Sequence[AbstractSAE],
+        dictionaries: Sequence[AbstractSAE] | CLT,
         input_site: str = "hook_resid_mid",
         output_site: str = "hook_mlp_out",
         metadata: Mapping[str, Any] | None = None,
     ) -> "Transcoders":
-        """Of dictionaries trained here, one a layer."""
-        layers = tuple(Layer.of(module) for module in dictionaries)
-        return cls(layers, input_site, output_site, dict(metadata or {}))
+        """Of dictionaries trained here, one a layer, or of one across layers."""
+        crossing = isinstance(dictionaries, CLT)
+        layers = Layer.across(dictionaries) if crossing else [Layer.of(module) for module in dictionaries]
+        return cls(tuple(layers), input_site, output_site, dict(metadata or {}))
 
     @property
     def n_layers(self) -> int:

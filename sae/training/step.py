@@ -122,7 +122,7 @@ def _taken(which: Int32[Array, ""], paths: Sequence[Callable[[], Gradient]]) -> 
 
 
 def _aux_loss(
-    module: AbstractDictionary,
+    module: AbstractKSparse,
     x: Float[Array, "batch *reads"],
     residual: Float[Array, "batch width"],
     silence: tuple[Int[Array, " d_sae"], int],
@@ -134,9 +134,8 @@ def _aux_loss(
     """
     since_fired, dead_after = silence
     silent, candidates = lax.top_k(since_fired, min(2 * k_aux, module.d_sae))
-    pre = jnp.einsum("bd,sd->bs", flat(module.centre(x)), flat(module.encoder[candidates]))
-    pre = pre + module.b_enc[candidates][None]
-    return losses.auxk(residual, pre, silent >= dead_after, flat(module.decoder[candidates]), k_aux)
+    pre, rows = module.offered(x, candidates)
+    return losses.auxk(residual, pre, silent >= dead_after, rows, k_aux)
 
 
 @jax.custom_batching.custom_vmap
