@@ -19,6 +19,7 @@ ORDER = {
             "config", "sites", "layers", "rope", "cache", "causal", "attention", "edits", "room", "rows", "qwen", "effect",
             "frozen",
         ],
+        "reading": ["labelled", "lens", "attribution", "gradients", "patching", "paths"],
         "generation": [
             "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "scheduler", "score",
             "search",
@@ -55,7 +56,7 @@ ORDER = {
             "errors", "allocation", "bounds", "flags", "recipes", "stopping", "files", "extending", "locks", "provenance",
             "cli", "tracking", "wording", "prompts", "completions", "corpus", "labels", "places", "texts", "loading",
             "marks", "passages", "prose", "puzzles", "corpora", "choosing", "rows", "space", "reading", "meter", "writing",
-            "store_report", "extraction", "splicing", "sources", "evaluation", "figures",
+            "store_report", "extraction", "splicing", "sources", "evaluation", "figures", "heat",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],

@@ -28,10 +28,6 @@ def every_site(config: QwenConfig) -> list[Site]:
     return [*OUTER_SITES, *(Site(layer, kind) for layer in range(config.layers) for kind in KINDS)]
 
 
-def shape(site: Site, config: QwenConfig, seq: int) -> tuple[int, ...]:
-    return (config.heads, seq, seq) if site.kind == "pattern" else (seq, site.width(config))
-
-
 def check_against_oracle(model: Qwen, tokens: list[int]):
     """Logits, and every site under its TransformerLens name."""
     names = tuple(str(site) for site in every_site(model.config))
@@ -42,7 +38,7 @@ def check_against_oracle(model: Qwen, tokens: list[int]):
     assert set(acts) == set(names)
     for site in every_site(model.config):
         found = acts[str(site)]
-        assert found.shape == shape(site, model.config, len(tokens))
+        assert found.shape == site.shape(model.config, len(tokens))
         np.testing.assert_allclose(found, places[site.layer, site.kind], err_msg=str(site), **tolerances.LOGITS_F32)
 
 
@@ -146,7 +142,7 @@ def test_a_published_size_runs_in_no_memory():
         jax.ShapeDtypeStruct((5,), jnp.int32),
     )
     assert (logits.shape, logits.dtype) == ((5, config.vocab), jnp.float32)
-    assert {name: value.shape for name, value in acts.items()} == {str(site): shape(site, config, 5) for site in sites}
+    assert {name: value.shape for name, value in acts.items()} == {str(site): site.shape(config, 5) for site in sites}
 
 
 def test_random_weights_differ_and_start_as_transformers_starts_them():

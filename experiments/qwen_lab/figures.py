@@ -194,8 +194,22 @@ def frontier(path: Path, results: Mapping[str, Mapping[str, Any]], note: str) ->
     return _said(path)
 
 
+def heat(path: Path, values: np.ndarray, names: Mapping[str, Sequence[str]], title: str) -> str:
+    """Rows and columns with a name each; red is above zero, blue below, white is zero."""
+    (down, rows), (across, columns) = names.items()
+    most = float(np.abs(values).max(initial=0)) or 1.0
+    with _figure(path, columns=1, width=1.5 + 0.12 * len(columns)) as (ax,):
+        ax.imshow(values, vmin=-most, vmax=most, aspect="auto", cmap="RdBu_r")
+        ax.grid(visible=False)
+        ax.set_yticks(range(len(rows)), rows, fontsize=6)
+        ax.set_xticks(range(len(columns)), columns, fontsize=5, rotation=90)
+        ax.set(xlabel=across, ylabel=down)
+        ax.set_title(f"{title}: {most:.3g} is full colour" if title else f"{most:.3g} is full colour", fontsize=8)
+    return _said(path)
+
+
 @contextmanager
-def _figure(path: Path, columns: int):
+def _figure(path: Path, columns: int, width: float = 0):
     """Axes to draw on, saved to `path` at the end; without matplotlib nothing is drawn."""
     try:
         import matplotlib
@@ -205,7 +219,7 @@ def _figure(path: Path, columns: int):
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "sae", "svg.fonttype": "none", "font.size": 8, "axes.edgecolor": INK}):
-        figure = Figure(figsize=(max(4.8, 3.4 * columns), 3.2), layout="constrained")
+        figure = Figure(figsize=(max(4.8, 3.4 * columns, width), 3.2), layout="constrained")
         axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
         for ax in axes:
             ax.grid(color=GRID, linewidth=0.6)

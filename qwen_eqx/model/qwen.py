@@ -21,7 +21,7 @@ from qwen_eqx.model.layers import Embedding, Linear, RMSNorm, SwiGLU, matmul, ro
 from qwen_eqx.model.room import check_room, free_device_bytes
 from qwen_eqx.model.rope import Rotation
 from qwen_eqx.model.rows import Prompts, Rows
-from qwen_eqx.model.sites import FINAL_KINDS, Activation, Recorder, Site, Tap, untouched
+from qwen_eqx.model.sites import Activation, Recorder, Site, Tap, untouched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,11 @@ class Qwen(eqx.Module):
 
     def logits(self, x: Float[Array, "*batch d_model"], tap: Tap = untouched) -> Float32[Array, "*batch vocab"]:
         """head(norm(x)), in float32; `tap` meets the final norm."""
-        return self.unembed(self.norm(x, At(0, tap), "final"))
+        return self.unembed(self.normed(x, tap))
+
+    def normed(self, x: Float[Array, "*batch d_model"], tap: Tap = untouched) -> Float[Array, "*batch d_model"]:
+        """The final norm alone, which `tap` meets."""
+        return self.norm(x, At(0, tap), "final")
 
     def unembed(self, normed: Float[Array, "*batch d_model"]) -> Float32[Array, "*batch vocab"]:
         """The head alone, tied or not."""
@@ -225,15 +229,11 @@ def _captured(
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
     recorder = Recorder(sites, EditTap(edits, positions, lengths, model.config))
     x, _ = model.forward(jnp.asarray(tokens), jnp.zeros(batch, jnp.int32), tap=recorder)
-    table = None
-    if any(site.kind in FINAL_KINDS for site in recorder.asks):  # kept at all positions, whatever is asked of logits
-        normed = model.norm(x, At(0, recorder), "final")
-        if logits is not None:
-            table = model.unembed(normed if logits == "all" else normed[jnp.arange(batch), lengths - 1])
-    elif logits == "all":
-        table = model.logits(x)
+    normed, table = model.normed(x, recorder), None  # of all positions, whatever is asked of logits: a tap may want it
+    if logits == "all":
+        table = model.unembed(normed)
     elif logits == "last":
-        table = model.logits(x[jnp.arange(batch), lengths - 1])
+        table = model.unembed(normed[jnp.arange(batch), lengths - 1])
     real = positions < lengths[:, None]
 
     def kept(value: Float[Array, "batch ..."], axis: int = 1) -> Float[Array, "batch ..."]:

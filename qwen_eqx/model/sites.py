@@ -106,6 +106,10 @@ class Site:
             return self.heads(config) * self.per_head(config)
         return config.d_ff if self.kind == "mlp_post" else config.d_model
 
+    def shape(self, config: QwenConfig, seq: int) -> tuple[int, ...]:
+        """Of the activation of one sequence."""
+        return (config.heads, seq, seq) if self.kind == "pattern" else (seq, self.width(config))
+
     def heads(self, config: QwenConfig) -> int:
         """Heads side by side; 0 where there are none."""
         if self.kind in ("k", "v"):
