@@ -16,7 +16,9 @@ from qwen_lab.corpus import cells_of_tokens
 from qwen_lab.errors import InputError
 
 
-def heat(path: Path, found: qwen_eqx.Labelled, named: Mapping[str, Sequence[str]] | None = None, title: str = "") -> str:
+def heat(
+    path: Path, found: qwen_eqx.Labelled, named: Mapping[str, Sequence[str]] | None = None, title: str = ""
+) -> str:
     """Two axes as rows and columns, red above zero and blue below; `named` gives an axis other names for its labels.
 
     `named={"position": pieces}` writes tokens under the columns.
