@@ -22,6 +22,7 @@ import qwen_eqx
 import sae
 from qwen_lab import bounds, circuits, cli, corpus, figures, files, flags, loading, locks, provenance, stopping, wording
 from qwen_lab.bounds import Count, CountOrNone, Share, Whole
+from qwen_lab.circuits import feature_pages
 from qwen_lab.circuits.nodes import FEATURE
 from qwen_lab.circuits.puzzles import Question, question, solved
 from qwen_lab.errors import InputError
@@ -66,8 +67,10 @@ class Config:
     Without it the eight strongest are silenced."""
     edges: Share = 0.98
     """Share of what passes between these nodes that the edges on the page make up."""
+    pages: Whole = 12
+    """Held-out puzzles on which the page of each feature shows what it fires on; 0: no such pages."""
     out: Path = Path("runs/trace_circuit")
-    """Directory of what is written. It is the graph, Neuronpedia's JSON of it, and circuit.html."""
+    """Directory of what is written. It is the graph, Neuronpedia's JSON of it, circuit.html and pages of features."""
 
 
 def main(config: Config) -> None:
@@ -77,7 +80,7 @@ def main(config: Config) -> None:
     name = config.model or str(transcoders.metadata.get("model_name", wording.MODEL))
     model, tokenizer = qwen_eqx.from_pretrained(name, revision=config.revision, dtype=jnp.dtype(config.dtype))
     config = wording.filled(config, tokenizer, transcoders.metadata)
-    asked = ask(config, transcoders, model, tokenizer)
+    documents, asked = ask(config, transcoders, model, tokenizer)
     with locks.claimed(config.out):
         files.expect_files(config.out, *WRITTEN)
         provenance.record_run(config.out, config)
@@ -91,27 +94,32 @@ def main(config: Config) -> None:
             graph = circuits.trace(model, tokenizer, transcoders, asked.tokens, options, found)
         cell = f"{asked.document.task}, the answer's cell at row {asked.cell.row}, column {asked.cell.col}"
         said = {"model": name, "transcoders": config.transcoders, "what": cell}
+        shown = documents[: config.pages]
+        said |= {"pages": feature_pages.ADDRESS} if shown else {}
         graph = dataclasses.replace(graph, facts=graph.facts | said, grids=asked.grids)
-        names = report(config, graph)
+        small = graph.prune(config.nodes, config.edges)
+        names = report(config, graph, small)
+        if shown:
+            feature_pages.write(config.out, small, model, tokenizer, transcoders, shown)
         held = held or dict.fromkeys(names, 0.0)
         show(tokenizer, circuits.intervene(model, transcoders, graph, held), held)
         cli.console.print(f"wrote: {config.out / 'circuit.html'}, graph.json, neuronpedia.json", markup=False)
         cli.console.print("next: open circuit.html; another cell with --row and --col, another puzzle with --task")
 
 
-def ask(config: Config, transcoders: sae.Transcoders, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer) -> Question:
-    """The puzzle asked for or the first that is solved, up to the cell."""
+def ask(
+    config: Config, transcoders: sae.Transcoders, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer
+) -> tuple[list[corpus.Document], Question]:
+    """All puzzles that fit, and of the one asked for or the first that is solved all up to the cell."""
     source, tasks = loading.unseen_tasks(transcoders.metadata, config.tasks)
-    if config.task is not None:
-        tasks = [task for task in tasks if task.id == config.task]
-        if not tasks:
-            raise InputError(f"--task: found no {config.task!r} in {source}, expected one of its tasks")
+    if config.task is not None and config.task not in [task.id for task in tasks]:
+        raise InputError(f"--task: found no {config.task!r} in {source}, expected one of its tasks")
     most = min(config.max_prompt or model.config.max_seq, model.config.max_seq)
     documents = corpus.documents(tasks, tokenizer, max_tokens=most, encoder=config.encoder, format=config.prompt)
-    found = solved(model, documents)
+    found = solved(model, [each for each in documents if config.task in (None, each.task)])
     if found is None:
         raise InputError(f"--task: found no puzzle of {source} that the model solves, expected one; name others")
-    return question(found, config.row, config.col)
+    return documents, question(found, config.row, config.col)
 
 
 def holding(words: tuple[str, ...]) -> dict[str, float]:
@@ -141,9 +149,8 @@ def show(tokenizer: qwen_eqx.Tokenizer, outcome: circuits.Outcome, held: Mapping
     cli.console.print(table, soft_wrap=False)
 
 
-def report(config: Config, graph: circuits.Graph) -> list[str]:
+def report(config: Config, graph: circuits.Graph, small: circuits.Graph) -> list[str]:
     """The files, and what leads to the answer in a few lines; the names of the strongest features."""
-    small = graph.prune(config.nodes, config.edges)
     graph.save(config.out)
     small.neuronpedia(config.out / "neuronpedia.json", slug=config.out.name)
     small.page(config.out / "circuit.html", f"Why the model says {_answer(graph)!r} here")

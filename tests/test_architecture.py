@@ -63,6 +63,7 @@ ORDER = {
         ],
         "circuits": [
             "nodes", "influence", "neuronpedia", "page", "graph", "replacement", "rows", "tracing", "intervening", "puzzles",
+            "feature_pages",
         ],
     },
 }  # fmt: skip

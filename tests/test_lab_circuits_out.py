@@ -135,7 +135,7 @@ def test_a_page_holds_its_graph_and_no_text_of_it_runs(tmp_path: Path):
 
 
 def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
-    config = trace_circuit.Config(task="mirror-36", max_features=24, batch=16, out=tmp_path)
+    config = trace_circuit.Config(task="mirror-36", max_features=24, batch=16, pages=1, out=tmp_path)
     said = run(trace_circuit, config)
     assert "the model says '3'" in said
     graph = Graph.load(tmp_path)
@@ -148,6 +148,9 @@ def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
             for colour, place in zip(row, places, strict=True):
                 assert place < 0 or graph.pieces[place].strip() == str(colour)
     assert len(graph.tokens) == len(graph.pieces)
+    (address,) = set(re.findall(r'"pages":"(.*?)"', (tmp_path / "circuit.html").read_text()))
+    page, _, anchor = address.format(layer=1, latent=18).partition("#")  # of one of the strongest
+    assert f'id="{anchor}"' in (tmp_path / page).read_text()
     assert set(trace_circuit.WRITTEN) <= {path.name for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match="--hold: found '1_2', expected a node's name and a number"):
         run(trace_circuit, dataclasses.replace(config, hold=("1_2",), out=tmp_path / "other"))

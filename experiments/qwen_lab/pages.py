@@ -54,18 +54,21 @@ def _latents(
     Promoted tokens are the logit lens' through the final norm's gain, at the last site that is written; there are none
     where that does not have the residual stream's width.
     """
-    lens = _lens(data.model)
+    lens = lens_of(data.model)
     *_, directions = dictionary.by_site(dictionary.module.decoder[jnp.asarray(chosen, jnp.int32)]).values()
     promoted = suppressed = [[] for _ in chosen]
     if directions.shape[1] == lens.shape[0]:
-        promoted, suppressed = _tokens(directions, lens, data.tokenizer), _tokens(-directions, lens, data.tokenizer)
+        promoted, suppressed = (
+            tokens_along(directions, lens, data.tokenizer),
+            tokens_along(-directions, lens, data.tokenizer),
+        )
     return [
         sae.report.Latent(
             index=latent,
             density=float(survey.density[latent]),
             mean=float(survey.mean[latent]),
             histogram=survey.histogram[latent],
-            examples=[_example(data.documents[number], codes[number][:, at]) for number in survey.documents(latent)],
+            examples=[example_of(data.documents[number], codes[number][:, at]) for number in survey.documents(latent)],
             promoted=promoted[at],
             suppressed=[(token, -logit) for token, logit in suppressed[at]],
         )
@@ -73,17 +76,18 @@ def _latents(
     ]
 
 
-def _lens(model: qwen_eqx.Qwen) -> Float[jax.Array, "d_model vocab"]:
+def lens_of(model: qwen_eqx.Qwen) -> Float[jax.Array, "d_model vocab"]:
     """The unembedding with the final norm's gain, in float32 as logits are."""
     head = model.embed.table if model.head is None else model.head.weight
     return (head.astype(jnp.float32) * model.norm.weight.astype(jnp.float32)[None]).T
 
 
-def _tokens(
+def tokens_along(
     directions: Float[jax.Array, "chosen d_model"],
     lens: Float[jax.Array, "d_model vocab"],
     tokenizer: qwen_eqx.Tokenizer,
 ) -> list[list[tuple[str, float]]]:
+    """The tokens that each direction promotes most, with their logits."""
     ids, logits = sae.promoted_tokens(directions, lens)
     return [
         [(tokenizer.decode([token]), float(logit)) for token, logit in zip(row, values, strict=True)]
@@ -91,7 +95,7 @@ def _tokens(
     ]
 
 
-def _example(document: Document, values: Float[np.ndarray, " seq"]) -> sae.report.Example:
+def example_of(document: Document, values: Float[np.ndarray, " seq"]) -> sae.report.Example:
     """A document, with those grids on which the latent fired somewhere (else the test input)."""
     painted = document.painted(values)
     shown = [grid for grid in painted if grid.activations.max() > 0][:6] or painted[-2:-1]

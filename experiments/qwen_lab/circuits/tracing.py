@@ -76,9 +76,10 @@ class Tracer:
     def __init__(self, transcoders: sae.Transcoders, replacement: Replacement, logits: Logits, options: Options):
         self.transcoders, self.replacement, self.options = transcoders, replacement, options
         self.logits = logits
-        self.parts: list[tuple[Edges, Float[np.ndarray, " edges"]]] = []  # with their shares
+        self.levels: dict[int, list[Edges]] = {level: [] for level in range(replacement.layers, -1, -1)}  # of targets
         count = replacement.constant + len(logits)  # logits are numbered behind the sources
         self.bias = np.zeros(count, np.float32)
+        self.size = np.zeros(count)  # Σ |weights| into each target
         self.depth = np.full(count, -1)
         self.depth[: len(replacement.features)] = replacement.features.layer
         self.depth[replacement.constant :] = replacement.layers
@@ -111,18 +112,24 @@ class Tracer:
             at = order[begin : begin + batch]
             rows = direct_effects(self.replacement, layer[at], position[at], vector[at], batch)
             self.bias[number[at]] += rows[:, -1]
-            edges = Edges.of_rows(number[at], rows[:, :-1])
-            self.parts.append((edges, edges.shares(len(self.depth))))
+            self.size[number[at]] = np.abs(rows[:, :-1]).sum(axis=1, dtype=np.float64)
+            for level in np.unique(layer[at]):
+                here = layer[at] == level
+                self.levels[int(level)].append(Edges.of_rows(number[at][here], rows[here, :-1]))
+
+    @property
+    def parts(self) -> list[Edges]:
+        """All edges that are known."""
+        return [edges for known in self.levels.values() for edges in known]
 
     def influence(self) -> Float[np.ndarray, " sources"]:
-        """Of every node, by the rows that are known."""
-        total, known = self.first.copy(), sorted(self.parts, key=lambda part: -self.depth[part[0].target].max())
-        for level in range(self.replacement.layers, -1, -1):
-            for edges, shares in known:
-                here = np.flatnonzero(self.depth[edges.target] == level)
-                if len(here):
-                    passed = shares[here] * total[edges.target[here]]
-                    total += np.bincount(edges.source[here], passed, minlength=len(total))
+        """Of every node, by the rows that are known: as `influence.flow`, without joining them."""
+        total = self.first.copy()
+        for known in self.levels.values():
+            passed = total / np.maximum(self.size, 1e-30)  # complete for the targets of this level, which comes next
+            for edges in known:
+                weights = np.abs(edges.weight) * passed[edges.target]
+                total += np.bincount(edges.source, weights, minlength=len(total))
         return total
 
 
@@ -174,7 +181,7 @@ def assemble(tracer: Tracer, chosen: Int[np.ndarray, " chosen"], pieces: list[st
     number = np.full(len(tracer.depth), -1, np.int32)
     number[kept] = np.arange(len(kept))
     inner, left_out, sums = [], np.zeros(len(kept)), np.zeros(len(kept))
-    for part, _ in tracer.parts:
+    for part in tracer.parts:
         source, target = number[part.source], number[part.target]
         sums += np.bincount(target, part.weight, minlength=len(kept))
         outside = source < 0
