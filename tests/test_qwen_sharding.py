@@ -172,11 +172,13 @@ def test_values_that_are_not_finite_are_counted_once(tmp_path: Path):
 
 
 def test_a_model_too_large_is_refused_before_anything_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hf, "free_device_bytes", lambda devices: 20_000)
+    two = AbstractMesh((1, 2), sharding.AXES)
+    free = sharding.bytes_per_device(hf.skeleton(CONFIG, jnp.dtype("float32")), two)
+    monkeypatch.setattr(hf, "free_device_bytes", lambda devices: free)
     monkeypatch.setattr(hf, "_load", lambda *_: pytest.fail("read"))
     with pytest.raises(InputError) as raised:
         hf.load_model(saved, dtype=jnp.float32, mesh=qwen_eqx.make_mesh("data=8"))
-    assert "a device on mesh data=8,model=1, and 0.0 MB are free; expected model=4, with" in str(raised.value)
+    assert "a device on mesh data=8,model=1, and 0.0 MB are free; expected model=2, with" in str(raised.value)
 
 
 def test_72b_is_refused_with_the_mesh_that_would_do():
