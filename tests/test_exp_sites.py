@@ -16,6 +16,7 @@ import extract
 import qwen_eqx
 import sae
 import steer
+import tiny
 import tolerances
 import train_sae
 from qwen_eqx.model.sites import KINDS
@@ -159,11 +160,13 @@ def test_steering_adds_where_a_transcoder_writes_and_refuses_to_clamp(transcoder
 
 def test_the_order_of_sites_is_the_models():
     """A later site never changes an earlier one, which is what splicing a transcoder rests on."""
-    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
-    names = [f"blocks.{layer}.{suffix}" for layer in (1, 2) for kind, (suffix, _) in KINDS.items() if kind != "pattern"]
+    model = tiny.model()
+    names = [f"blocks.{layer}.{suffix}" for layer in (0, 1) for kind, (suffix, _) in KINDS.items() if kind != "pattern"]
     tokens = jnp.arange(30, 46)
     clean = model.run_with_capture(tokens, names)[1]
     for number, name in enumerate(names):
+        if name.startswith("blocks.0."):
+            continue  # the blocks are alike, and before the second one's sites stand all of the first one's
         edited = model.run_with_capture(tokens, names, edits=[qwen_eqx.Ablate(site=name)])[1]
         for other in names[:number]:
             np.testing.assert_array_equal(edited[other], clean[other])

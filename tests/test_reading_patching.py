@@ -148,8 +148,8 @@ def test_attribution_patching_is_the_slope_towards_the_clean_value():
         towards[position, columns] = (clean[layer, "z"] - own[layer, "z"])[position, columns]
 
         def moved(size: float, at: int = layer, towards: np.ndarray = towards) -> float:
-            def edit(layer: int, kind: str, x: np.ndarray) -> np.ndarray:
-                return x + size * towards if (layer, kind) == (at, "z") else x
+            def edit(number: int, kind: str, x: np.ndarray) -> np.ndarray:
+                return x + size * towards if (number, kind) == (at, "z") else x
 
             return metric(oracles.decoder(model, CORRUPTED, edit)[0][-1])
 

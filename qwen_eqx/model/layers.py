@@ -81,10 +81,10 @@ class RMSNorm(eqx.Module):
     ) -> Float[Array, "*batch width"]:
         """y; `tap` meets the divisor as NAME_scale and the quotient as NAME_normalized."""
         wide = x.astype(jnp.float32)  # a mean of squares loses bits in bf16
-        inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        divisor = 1 / inverse
-        scale = tap(f"{name}_scale", divisor)
-        scaled = tap(f"{name}_normalized", wide * inverse if scale is divisor else wide / scale)
+        square = jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps
+        root = jnp.sqrt(square)  # computed only where a tap reads it
+        scale = tap(f"{name}_scale", root)
+        scaled = tap(f"{name}_normalized", wide * jax.lax.rsqrt(square) if scale is root else wide / scale)
         weight = self.weight.astype(jnp.float32)
         return (scaled * weight.reshape((1,) * (x.ndim - 1) + weight.shape)).astype(x.dtype)
 

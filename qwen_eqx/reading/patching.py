@@ -20,7 +20,7 @@ from qwen_eqx.reading.labelled import Labelled
 
 AT_ONCE = 16  # runs side by side in memory
 Values = dict[Site, Float[Array, "1 seq _"]]
-Patches = tuple[Float32[Array, "chunks at_once"], Float32[Array, ""], Float32[Array, ""]]
+Metrics = tuple[Float32[Array, "chunks at_once"], Float32[Array, ""]]  # of every patch, and of the clean run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +154,21 @@ class Listed:
         return np.stack([axis.reshape(-1) for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
 
     def chunks(self, at_once: int) -> Int[Array, "chunks at_once 3"]:
-        """The rows in equal chunks; the last row fills the last chunk."""
+        """The rows in equal chunks, and at least one row after them that patches nothing: the corrupted run."""
         positive("at_once", at_once)
-        count = -(-len(self.rows) // at_once)
-        size = -(-len(self.rows) // count)
-        padded = np.pad(self.rows, ((0, count * size - len(self.rows)), (0, 0)), mode="edge")
+        rows = len(self.rows) + 1
+        count = -(-rows // at_once)
+        size = -(-rows // count)
+        padded = np.pad(self.rows, ((0, count * size - len(self.rows)), (0, 0)), constant_values=-1)
         return jnp.asarray(padded.reshape(count, size, 3))
 
-    def labelled(self, found: Patches) -> Patched:
-        """The metrics of all rows, of the clean and of the corrupted run, as what each patch changes."""
-        metrics, clean, corrupted = map(np.asarray, found)
-        change = metrics.reshape(-1)[: len(self.rows)] - corrupted
+    def labelled(self, found: Metrics) -> Patched:
+        """The metrics of all rows as what each patch changes."""
+        metrics, clean = (np.asarray(part).reshape(-1) for part in found)
+        corrupted = metrics[len(self.rows)]
+        change = metrics[: len(self.rows)] - corrupted
         shape = tuple(map(len, self.labels.values()))
-        return Patched(Labelled(change.reshape(shape), self.labels), float(clean), float(corrupted))
+        return Patched(Labelled(change.reshape(shape), self.labels), float(clean[0]), float(corrupted))
 
     def summed(
         self, values: Float[np.ndarray, "layers seq width"], clean: Float32[Array, ""], corrupted: Float32[Array, ""]
@@ -197,14 +199,14 @@ class Put:
 
 
 @eqx.filter_jit
-def _patched(runs: Runs, rows: Int[Array, "chunks at_once 3"], sites: tuple[Site, ...]) -> Patches:
+def _patched(runs: Runs, rows: Int[Array, "chunks at_once 3"], sites: tuple[Site, ...]) -> Metrics:
     clean, before = runs.recorded(runs.clean, sites)
     heads = sites[0].heads(runs.model.config)
 
     def metric(row: Int[Array, "3"]) -> Float32[Array, ""]:
         return runs.recorded(runs.corrupted, tap=Put(row, clean, heads, {}))[1]
 
-    return jax.lax.map(jax.vmap(metric), rows), before, runs.recorded(runs.corrupted)[1]
+    return jax.lax.map(jax.vmap(metric), rows), before
 
 
 @eqx.filter_jit

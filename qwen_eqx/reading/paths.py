@@ -15,7 +15,7 @@ from qwen_eqx.model.effect import Tokens
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.model.sites import Activation, Site
 from qwen_eqx.reading.gradients import Loss, Which
-from qwen_eqx.reading.patching import AT_ONCE, Listed, Patched, Patches, Places, Put, Runs, Values
+from qwen_eqx.reading.patching import AT_ONCE, Listed, Metrics, Patched, Places, Put, Runs, Values
 
 Masks = dict[Site, Bool[Array, " width"]]  # which columns of each receiving site
 
@@ -76,13 +76,13 @@ class _Received:
 @eqx.filter_jit
 def _path_patched(
     runs: Runs, rows: Int[Array, "chunks at_once 3"], sites: tuple[Site, ...], masks: Masks, held: tuple[str, ...]
-) -> Patches:
+) -> Metrics:
     config = runs.model.config
     clean, before = runs.recorded(runs.clean, sites)
-    own, after = runs.recorded(runs.corrupted, [Site(layer, kind) for layer in range(config.layers) for kind in held])
+    own, _ = runs.recorded(runs.corrupted, [Site(layer, kind) for layer in range(config.layers) for kind in held])
 
     def metric(row: Int[Array, "3"]) -> Float32[Array, ""]:
         received, _ = runs.recorded(runs.corrupted, masks, Put(row, clean, sites[0].heads(config), own))
         return runs.recorded(runs.corrupted, tap=_Received(received, masks))[1]
 
-    return jax.lax.map(jax.vmap(metric), rows), before, after
+    return jax.lax.map(jax.vmap(metric), rows), before
