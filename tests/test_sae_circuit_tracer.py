@@ -16,7 +16,7 @@ from sae import files
 from sae.formats import circuit_tracer
 from test_sae_transcoders import trained, written
 
-FIXTURES = Path(__file__).parent / "fixtures" / "sae" / "circuit_tracer"
+FIXTURES = Path(__file__).parent / "fixtures" / "circuit_tracer"
 SETS = ("per_layer_relu", "per_layer_jumprelu_skip", "cross_layer_relu", "cross_layer_jumprelu_skip")
 
 
