@@ -1,6 +1,7 @@
 """Rows of the adjacency: the direct effect of every source on a target, by one sweep down the frozen model."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -26,7 +27,10 @@ def direct_effects(
         jnp.asarray(np.pad(position, (0, missing)), jnp.int32),
         jnp.pad(jnp.asarray(vector, jnp.float32), ((0, missing), (0, 0))),
     )
-    found = swept(replacement.frozen, replacement.sources, targets)
+    with jax.default_matmul_precision(
+        "highest"
+    ):  # a GPU's default rounds float32 to 10 bits, and rows no longer add up
+        found = swept(replacement.frozen, replacement.sources, targets)
     of_rows, of_tokens, constant = (np.asarray(part) for part in found)
     effects = np.zeros((len(layer), replacement.constant + 1), np.float32)
     for numbers, values in zip(replacement.numbers, of_rows, strict=True):
