@@ -14,6 +14,7 @@ RUNS = {
     "prefill": ["--prompts", "20", "--repeats", "1"],
     "capture": ["--batches", "2", "--layers", "1", "--prompt", "20", "--lengths", "16", "--steps", "2", "--repeats", "1"],
     "reading": ["--prompt", "20", "--layers", "1", "--repeats", "1", "--runs", "2", "--patched-prompt", "9"],
+    "trace": ["--prompts", "9", "--d-sae", "24", "--k", "3", "--batch", "4", "--repeats", "1"],
     "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
     "sae_step": ["--calls", "1", "--members", "2"],
     "train": ["--batch", "2", "--seq", "17", "--steps", "1", "--repeats", "1"],

@@ -1,6 +1,7 @@
 """Rows of the adjacency: the direct effect of every source on a target, by one sweep down the frozen model."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -26,8 +27,11 @@ def direct_effects(
         jnp.asarray(np.pad(position, (0, missing)), jnp.int32),
         jnp.pad(jnp.asarray(vector, jnp.float32), ((0, missing), (0, 0))),
     )
-    swept = _swept(replacement.frozen, replacement.sources, targets)
-    of_rows, of_tokens, constant = (np.asarray(part) for part in swept)
+    with jax.default_matmul_precision(
+        "highest"
+    ):  # a GPU's default rounds float32 to 10 bits, and rows no longer add up
+        found = swept(replacement.frozen, replacement.sources, targets)
+    of_rows, of_tokens, constant = (np.asarray(part) for part in found)
     effects = np.zeros((len(layer), replacement.constant + 1), np.float32)
     for numbers, values in zip(replacement.numbers, of_rows, strict=True):
         flat = values.reshape(batch, -1)[: len(layer)]
@@ -41,8 +45,9 @@ def direct_effects(
 
 
 @eqx.filter_jit
-def _swept(
+def swept(
     frozen: Frozen, sources: Sources, targets: Targets
 ) -> tuple[Float[Array, "layers targets blocks width"], Float[Array, "targets seq"], Float[Array, " targets"]]:
+    """The effects of every row and every token, and the constants: one compiled sweep of a batch."""
     of_rows, g, constant = frozen.pull(targets, sources)
     return of_rows, jnp.einsum("tsm,sm->ts", g, sources.embed), constant
