@@ -189,4 +189,5 @@ $('group').addEventListener('click',()=>{if(pins.size){groups.push([$('label').v
  keep();chips()}});
 $('clear').addEventListener('click',()=>{pins.clear();draw()});
 $('share').addEventListener('input',draw);chips();draw();
+$('stage').scrollLeft=1e9;  // the last tokens stand beside the answer
 """
