@@ -41,16 +41,18 @@ def test_absurd_numbers_are_refused_in_one_line(name: str):
 
 def test_a_plain_pass_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch):
     site = "model.layers.0"
-    monkeypatch.setattr(qwen, "free_device_bytes", lambda: 10 * 16 * (97 + 16) * 4 - 1)  # ten rows of a bucket of 16
+    monkeypatch.setattr(
+        qwen, "free_device_bytes", lambda devices=None: 10 * 16 * (97 + 16) * 4 - 1
+    )  # ten rows of a bucket of 16
     with pytest.raises(InputError, match=r"memory: logits, 0\.1 MB, and activations, .*lower .*logits='last'"):
         tiny.model().run_with_capture(MANY, [site])
     logits, acts = tiny.model().run_with_capture(MANY, [site], logits="last")
     assert (logits.shape, acts[site].shape) == ((10, 97), (10, 3, 16))
-    monkeypatch.setattr(qwen, "free_device_bytes", lambda: 10 * 16 * (97 + 16) * 4)
+    monkeypatch.setattr(qwen, "free_device_bytes", lambda devices=None: 10 * 16 * (97 + 16) * 4)
     tiny.model().run_with_capture(MANY, [site])
 
 
 def test_scoring_asks_for_memory_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(score, "free_device_bytes", lambda: 10)
+    monkeypatch.setattr(score, "free_device_bytes", lambda devices=None: 10)
     with pytest.raises(InputError, match=r"memory: .*lower batch_size"):
         qwen_eqx.score(tiny.model(), [1, 2], [[3]])

@@ -133,13 +133,13 @@ def test_the_memory_plan_is_what_is_allocated(samples: int, positions: str):
 
 
 def test_what_does_not_fit_says_what_to_lower(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "free_device_bytes", lambda: 10_000)
+    monkeypatch.setattr(engine, "free_device_bytes", lambda devices=None: 10_000)
     with pytest.raises(InputError, match="max_new_tokens or the number of rows") as caught:
         qwen_eqx.generate(tiny.model(), PROMPTS, max_new_tokens=NEW)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="the captured sites or positions"):
         running.generate(PROMPTS)
-    monkeypatch.setattr(engine, "free_device_bytes", lambda: None)  # a platform that does not say
+    monkeypatch.setattr(engine, "free_device_bytes", lambda devices=None: None)  # a platform that does not say
     assert qwen_eqx.prepare(tiny.model(), PROMPTS, max_new_tokens=NEW)
 
 

@@ -272,7 +272,7 @@ def _compare_tied_head(directory: Path, headers: dict[str, _Header]) -> list[str
         files = [safetensors.safe_open(directory / headers[name][0], framework="np") for name in names]
         head, table = (opened.enter_context(file).get_slice(name) for file, name in zip(files, names, strict=True))
         shape = head.get_shape()
-        pieces = (slice(at, at + _COMPARED) for at in range(0, shape[0], _COMPARED))
+        pieces = (slice(at, min(at + _COMPARED, shape[0])) for at in range(0, shape[0], _COMPARED))
         if shape == table.get_shape() and all(np.array_equal(head[piece], table[piece]) for piece in pieces):
             return []
     return [
