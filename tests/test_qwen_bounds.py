@@ -48,7 +48,7 @@ def test_a_plain_pass_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch):
         tiny.model().run_with_capture(MANY, [site])
     logits, acts = tiny.model().run_with_capture(MANY, [site], logits="last")
     assert (logits.shape, acts[site].shape) == ((10, 97), (10, 3, 16))
-    monkeypatch.setattr(qwen, "free_device_bytes", lambda devices=None: 10 * 16 * (97 + 16) * 4)
+    monkeypatch.setattr(qwen, "free_device_bytes", lambda devices=None: needed)
     tiny.model().run_with_capture(MANY, [site])
 
 
