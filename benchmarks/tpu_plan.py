@@ -47,7 +47,7 @@ ON_CHIP = re.compile(r"S\(\d+\)")
 ARRAY = re.compile(rf"({'|'.join(BYTES)})\[([\d,]*)\]")
 DESCRIBED = {  # what the compiler asks for on a machine that has no TPU
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
+    "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }  # fmt: skip
 Program = Literal["loop", "step", "topk"]
 

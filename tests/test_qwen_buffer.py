@@ -54,5 +54,5 @@ def test_it_suits_the_device_that_holds_the_model_and_not_the_default_one(monkey
     generator, batch = qwen_eqx.prepare(model, [[1, 2]], max_new_tokens=2, capture=qwen_eqx.Capture(layers=[0]))
     state, _ = eqx.filter_eval_shape(generator.prefill, model, batch)
     assert state.buffer.stored.dtype == jnp.uint16
-    elsewhere = ActivationBuffer.init(**SHAPE, dtype="bfloat16", platform="tpu")
+    elsewhere = ActivationBuffer.init(sites=1, batch=1, new=2, d_model=3, dtype="bfloat16", platform="tpu")
     assert elsewhere.stored.dtype == jnp.bfloat16
