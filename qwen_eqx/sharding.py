@@ -151,9 +151,13 @@ def mesh_of(model: Any) -> Mesh | None:
     return None
 
 
-def platform(mesh: Mesh | None) -> str | None:
-    """What a program for this mesh is compiled for; None: whatever is the default."""
-    return None if mesh is None else mesh.devices.flat[0].platform
+def platform(model: Any) -> str | None:
+    """What a program of a model, or of its skeleton on a mesh, is compiled for; None: whatever is the default."""
+    for leaf in jax.tree.leaves(model):
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+            return next(iter(sharding.device_set)).platform
+    return None
 
 
 def bytes_per_device(model: Any, mesh: AnyMesh, over: Mapping[str, str] = TENSOR) -> int:

@@ -1,5 +1,6 @@
 """Every benchmark runs on a tiny shape and prints its table; no time is asserted."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -59,6 +60,32 @@ def test_a_peer_that_cannot_run_is_one_line(tmp_path: Path):
     done = run("prefill", "--shape", "tiny", "--prompts", "20", "--peer-python", str(tmp_path / "python"))
     assert done.returncode == 2
     assert "peer-python" in done.stderr.strip().splitlines()[-1]
+
+
+TPU = ["--shape", "tiny", "--prompt", "20", "--max-new-tokens", "12", "--programs", "loop", "step"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is here")
+def test_a_missing_tpu_compiler_is_one_line():
+    done = run("tpu_plan", *TPU)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: libtpu: not installed")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'jax[tpu]'")
+def test_the_tpu_compiler_exchanges_what_is_foretold_and_updates_in_place():
+    """Rows alone: nothing in a step, in the loop whether any row goes on. Weights: two sums a block, embedding, logits."""
+    done = run("tpu_plan", *TPU, "--topologies", "v5e:2x2")
+    assert done.returncode == 0, done.stderr
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    found = {(row[0], row[2]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
+    assert len(found) == 6
+    for (program, mesh), row in found.items():
+        more = program == "loop" and mesh != "data=1,model=1"
+        sums = 5 * mesh.endswith("model=2") + more
+        gathered = ["1 all-gather"] * mesh.endswith("model=2")
+        assert row["collectives"] == (", ".join([*gathered, f"{sums} all-reduce"] if sums else gathered) or "–")
+        assert row["in place MB"] == row["outputs MB"]
 
 
 def test_llama_cpp_is_asked_and_shown(tmp_path: Path):

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qwen_eqx
+import tiny
 from qwen_eqx.generation.buffer import ActivationBuffer
 
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -42,3 +44,15 @@ def test_reading_makes_no_copy_and_survives_donation(dtype):
     write = eqx.filter_jit(lambda old: old.write(ones, live, jnp.zeros((), jnp.int32)), donate="all")
     assert (write(buffer).values[:, :, 0] == 1).all()
     assert not values.any()  # still what was read
+
+
+def test_it_suits_the_device_that_holds_the_model_and_not_the_default_one(monkeypatch):
+    if jax.default_backend() != "cpu":
+        pytest.skip("the model lies on CPU")
+    model = tiny.model(dtype="bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    generator, batch = qwen_eqx.prepare(model, [[1, 2]], max_new_tokens=2, capture=qwen_eqx.Capture(layers=[0]))
+    state, _ = eqx.filter_eval_shape(generator.prefill, model, batch)
+    assert state.buffer.stored.dtype == jnp.uint16
+    elsewhere = ActivationBuffer.init(sites=1, batch=1, new=2, d_model=3, dtype="bfloat16", platform="tpu")
+    assert elsewhere.stored.dtype == jnp.bfloat16

@@ -130,7 +130,7 @@ class Generator(eqx.Module):
                 new=new,
                 d_model=model.config.d_model,
                 dtype=self.settings.capture_dtype,
-                platform=sharding.platform(self.settings.mesh),
+                platform=self.settings.platform,
             )
         state = GenerationState(
             cache=cache,

@@ -43,6 +43,7 @@ class Settings:
     prefill_chunk: int = 1 << 30  # prompts wider than this are read in pieces of it
     stride: int = 1  # steps between two looks at whether all rows are done
     mesh: Mesh | None = None  # that the model's weights lie on
+    platform: str | None = None  # of the devices that they lie on; None: the default one
 
     def memory_plan(self, config: QwenConfig, *, prompts: int, width: int, samples: int = 1) -> MemoryPlan:
         """The bytes that a generation of this shape allocates on a device beside the weights."""
@@ -117,6 +118,7 @@ class Options:
             prefill_chunk=self.prefill_chunk,
             stride=-(-steps // -(-steps // _STRIDE)),  # near _STRIDE, overshooting max_new_tokens the least
             mesh=sharding.mesh_of(model),
+            platform=sharding.platform(model),
         )
 
     def number(self, place: int) -> int:
