@@ -11,18 +11,32 @@ if __name__ == "__main__":
 
     qwen_lab.stopping.install()  # before anything heavy is imported
 
-from qwen_lab import cli, figures, jobs, locks
+from contextlib import nullcontext
+
+from qwen_lab import cli, figures, hosts, jobs, joining, locks
 from qwen_lab.runs import Run
 from qwen_lab.settings import RunConfig
 from sae.formats import saelens
 
 
 def main(config: RunConfig) -> None:
+    if (found := hosts.Hosts.of(config)) is not None:
+        share(config, found)
+        return
     job = jobs.open_job(config)
     if config.source == "live":
         cli.say_what_a_demo_is(config.model)
     announce(config, job)
     with locks.claimed(config.out):
+        train(config, job)
+
+
+def share(config: RunConfig, found: hosts.Hosts) -> None:
+    """One of several processes that train together; the first speaks for all."""
+    cli.console.print(f"process {found.number} of {found.processes}, waiting for all at {found.coordinator}")
+    with locks.claimed(config.out) if found.number == 0 else nullcontext(), jobs.shared_job(config, found) as job:
+        cli.console.quiet = found.number > 0
+        announce(config, job)
         train(config, job)
 
 
@@ -36,6 +50,8 @@ def train(config: RunConfig, job: jobs.Job) -> None:
         run.proceed(advance)
     cli.console.print(run.shares())
     results = run.finish(job.facts)
+    if not joining.first():
+        return
     table = figures.metrics_table({name: result.metrics for name, result in results.items()})
     cli.console.print(table, soft_wrap=False)
     cli.console.print(f"these are of {next(iter(results.values())).metrics['rows_of']}")

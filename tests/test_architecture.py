@@ -54,10 +54,10 @@ ORDER = {
     "qwen_lab": {
         "": [
             "errors", "allocation", "bounds", "flags", "recipes", "stopping", "files", "extending", "locks", "provenance",
-            "hosts", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus", "labels",
-            "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing", "rows",
-            "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources", "evaluation",
-            "figures", "heat",
+            "hosts", "joining", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus",
+            "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
+            "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
+            "evaluation", "figures", "heat",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-from qwen_lab import allocation, bounds, files, flags, hosts, stopping
+from qwen_lab import allocation, bounds, files, flags, hosts, joining, stopping
 from qwen_lab.errors import INPUT_ERRORS, InputError, RunError, full, wrong_name
 from sae.errors import StorageFailed
 
@@ -38,7 +39,8 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
         with nullcontext() if stopping.installed() else stopping.held():
             bounds.check(arguments)
             hosts.take_devices(arguments)
-            _check_platform()
+            if not (isinstance(arguments, hosts.Together) and hosts.Hosts.of(arguments)):  # those look when they joined
+                check_platform()
             _keep_compilations()
             allocation.keep()
             main(arguments)
@@ -55,6 +57,9 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
         if wrong := wrong_name(error):
             _fail(BAD_INPUT, f"error: {wrong}")
         if (said := full(error, out)) is None:
+            if joining.joined():
+                traceback.print_exc()
+                stopping.leave(BROKE)
             raise
         files.drop_halves(out)
         _fail(BROKE, f"error: {said}; what was finished is saved")
@@ -99,7 +104,8 @@ def bar(total: int | None, what: str, unit: str) -> Iterator[Callable[..., None]
         yield advance
 
 
-def _check_platform() -> None:
+def check_platform() -> None:
+    """Raises, with what was asked for, where JAX finds no such device."""
     try:
         jax.devices()
     except RuntimeError as error:
@@ -117,6 +123,7 @@ def _keep_compilations() -> None:
 
 def _fail(code: int, message: str) -> NoReturn:
     print(" ".join(message.split()), file=sys.stderr)
-    if stopping.installed() and code in stopping.LINES:
+    # the interpreter's own end would wait for the others, who wait for this one
+    if joining.joined() or (stopping.installed() and code in stopping.LINES):
         stopping.leave(code)
     sys.exit(code)

@@ -30,17 +30,28 @@ MOST_BYTES = 2**24  # of what one says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfHosts:
+class OfProcesses:
     """Which process of several this one is."""
 
-    workers_of: str | None = None
-    """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
     coordinator: str | None = None
     """Address host:port of process 0, where several processes share a run. Any free port of it will do."""
     processes: CountOrNone = None
     """Processes that share a run. Without it as many as Slurm, Open MPI, Kubernetes or a TPU pod started; 1 is alone."""
     process_id: WholeOrNone = None
     """Number of this process, from 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfHosts(OfProcesses):
+    """Of a command whose processes each work on their share, of what another one need not know."""
+
+    workers_of: str | None = None
+    """The share of the plan that this process takes: 3/8 is the third of eight. Runs with different ones share a store."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Together(OfProcesses):
+    """Of a command whose processes compute as one: they join (`joining.together`) before JAX looks for devices."""
 
 
 class Hosts(NamedTuple):
@@ -51,15 +62,16 @@ class Hosts(NamedTuple):
     number: int
 
     @classmethod
-    def of(cls, asked: OfHosts) -> "Hosts | None":
+    def of(cls, asked: OfProcesses) -> "Hosts | None":
         """As the flags say, else as a cluster does; None of a run that is alone, or knows its share only."""
         coordinator, processes, number = said = (asked.coordinator, asked.processes, asked.process_id)
+        share = asked.workers_of if isinstance(asked, OfHosts) else None
         if processes == 1:
             return None
         if said == (None, None, None):
-            return _detected() if asked.workers_of is None else None
-        if asked.workers_of is not None:
-            raise InputError(f"--workers-of: found {asked.workers_of} beside --processes, expected one of the two")
+            return _detected() if share is None else None
+        if share is not None:
+            raise InputError(f"--workers-of: found {share} beside --processes, expected one of the two")
         if coordinator is None or processes is None or number is None:
             raise InputError(f"--coordinator, --processes, --process-id: found {said}, expected all three or none")
         hosts = cls(coordinator, processes, number)
@@ -102,7 +114,7 @@ class Hosts(NamedTuple):
 def take_devices(asked: Any) -> None:
     """Leaves a process its own devices of a node where a cluster started several; before JAX looks for any."""
     told = (
-        not isinstance(asked, OfHosts) or asked.coordinator is not None
+        not isinstance(asked, OfProcesses) or asked.coordinator is not None
     )  # who says which process it is says so of devices
     if not told and Hosts.of(asked) is not None and (local := _cluster()[3]):
         for kind in ("cuda", "rocm"):

@@ -1,6 +1,8 @@
 """From a config to trained dictionaries: the source opened, the members made, the run taken to its end."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,12 +11,16 @@ from jax.sharding import Mesh
 import qwen_eqx
 import sae
 from qwen_eqx import sharding
-from qwen_lab import corpora, files, locks, places, prompts, sources, sweeps, wording
+from qwen_lab import cli, corpora, files, joining, locks, places, prompts, runs, sources, sweeps, wording
+from qwen_lab.errors import InputError
+from qwen_lab.hosts import Hosts
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
 from qwen_lab.sweeps import Member
 from qwen_lab.texts import Text
+from sae.training import checkpoint
 
+OWN = ("store", "out", "process_id", "coordinator")  # flags that processes may be told differently
 ModelAndTokenizer = tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]
 
 
@@ -44,10 +50,31 @@ def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:
     """The source that `config.source` names, and the members on its sites."""
     check(config)
     combined = sweeps.combinations(config)
-    return _replay(config, combined) if config.source == "store" else _live(config, combined, loaded)
+    if config.source == "live":
+        return _live(config, combined, loaded)
+    return dataclasses.replace(_replay(config, combined), mesh=config.open_mesh())
+
+
+@contextmanager
+def shared_job(config: RunConfig, hosts: Hosts) -> Iterator[Job]:
+    """As `open_job`, of several processes that join once all have found the same code, flags, data and checkpoints."""
+    if config.source == "live":
+        raise InputError(
+            f"--source: found live in {hosts.processes} processes, expected store; --processes 1 works alone"
+        )
+    check(config)
+    job = _replay(config, sweeps.combinations(config))
+    store = job.source.store  # pyright: ignore[reportAttributeAccessIssue]
+    said = {f"config.{name}": value for name, value in files.jsonable(config).items() if name not in OWN}
+    said |= {"store's manifest": files.digest(store.manifest.to_json()), "data": job.source.seen.said["digest"]}
+    said |= {"rows in the store": len(store), "last checkpoint": checkpoint.steps(runs.checkpoints(config))[-1:]}
+    with joining.together(hosts, said, config.out):
+        cli.check_platform()
+        yield dataclasses.replace(job, mesh=config.open_mesh())
 
 
 def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
+    """All of a job that is known before JAX looks for devices."""
     store = sae.ActivationStore.open(files.location(config.store))
     default = places.default_held(store.sites, form_of(config))
     members = sweeps.make_members(config, combined, places.in_store(store), default)
@@ -59,7 +86,7 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     said = {name: manifest.config.get(name) for name in ("tasks", "encoder", "prompt")}
     said["tasks"] = " ".join(manifest.config.get("data") or ()) or said["tasks"]
     text = Text(model=manifest.model_id, tokenizer=manifest.tokenizer_digest, **said)
-    return Job(source, members, _facts(text, manifest.revision, source), config.open_mesh())
+    return Job(source, members, _facts(text, manifest.revision, source), None)
 
 
 def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTokenizer | None) -> Job:

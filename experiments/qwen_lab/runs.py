@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 import sae
 from qwen_eqx.model.room import free_device_bytes
-from qwen_lab import evaluation, extending, files, provenance, sources, stopping, tracking
+from qwen_lab import evaluation, extending, files, joining, provenance, sources, stopping, tracking
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.places import Dictionary
 from qwen_lab.seen import Seen
@@ -22,11 +23,16 @@ from qwen_lab.sweeps import Member
 from sae import training
 from sae.data import buffer
 from sae.evaluation import metrics
-from sae.training import checkpoint
+from sae.training import checkpoint, sharding
 
 Index = int | list[int]
 Advance = Callable[[int, str], None]
 """Called with the steps just taken and a note on them."""
+
+
+def checkpoints(config: RunConfig) -> Path:
+    """Where a run keeps them."""
+    return config.out / "checkpoints"
 
 
 def quiet(steps: int, note: str) -> None:
@@ -107,10 +113,13 @@ class Run:
         kept_back = -(-source.training // 5) if form_of(config).targets_l0 and source.training > 1 else 0
         self.training = source.training - kept_back
         self.step, self.next_group, self.fresh = 0, 0, True
+        self.saved = -1  # the step of the last checkpoint
+        self.calls = 0  # of this process, by which several agree on where they stop
         self.history: list[dict[str, Any]] = []
         self.feed = "store" if config.source == "store" else "model"  # what is waited for when rows are
         self.seconds = {self.feed: 0.0, "buffer": 0.0, "SAE": 0.0}
         self.stopping = False
+        self.log: tracking.Log | None = None  # the first process keeps it
 
     @classmethod
     def start(cls, config: RunConfig, members: list[Member], source: sources.Source, mesh: Mesh | None = None) -> "Run":
@@ -122,22 +131,26 @@ class Run:
             raise InputError(f"{run.directory}: found a file, expected a directory of checkpoints")
         if checkpoint.steps(run.directory):
             (run.state, run.rows), cursor, run.step = checkpoint.load(run.directory, (run.state, run.rows))
+            run.saved = run.step
             run._check_whole(cursor)
             run._check_same(cursor["config"])
             source.seen.check(cursor.get("data", Seen().said), source.flags)  # earlier versions kept none
             run.next_group, run.history, run.fresh = cursor["next_group"], cursor["history"], False
-        provenance.record_run(config.out, config)
+        if joining.first():
+            provenance.record_run(config.out, config)
         return run
 
     @property
     def directory(self) -> Path:
-        return self.config.out / "checkpoints"
+        return checkpoints(self.config)
 
     def proceed(self, advance: Advance = quiet) -> None:
         """Until the last step; a signal or `stop` ends it earlier, saved: Stopped, or KeyboardInterrupt after Ctrl-C."""
         names = [member.name for member in self.members]
-        log = tracking.Log(self.config.out, self.config.track, self.config, self.history, names)
-        with stopping.held(), log as self.log:
+        with stopping.held(), ExitStack() as opened:
+            if joining.first():
+                log = tracking.Log(self.config.out, self.config.track, self.config, self.history, names)
+                self.log = opened.enter_context(log)
             if self.fresh:
                 self._fill()
                 if self._asked():  # before the first step there is nothing to save
@@ -171,12 +184,12 @@ class Run:
             if self.step == self.config.steps or self._due(taken):
                 self._save()
         if self.step < self.config.steps:
-            if checkpoint.steps(self.directory)[-1:] != [self.step]:
+            if self.saved != self.step:
                 self._save()
             self._give_up()
 
     def _asked(self) -> bool:
-        return self.stopping or stopping.asked()
+        return not joining.joined() and (self.stopping or stopping.asked())  # of several processes none stops alone
 
     def _give_up(self) -> NoReturn:
         stopping.check()
@@ -188,7 +201,8 @@ class Run:
         means["dead"] = measured.dead[..., -1]
         lists = {name: jnp.atleast_1d(values).tolist() for name, values in means.items()}
         self.history.append({"step": self.step} | lists)
-        self.log.add(self.history[-1] | {"share_waiting": round(self._share(self.feed), 4)})
+        if self.log is not None:
+            self.log.add(self.history[-1] | {"share_waiting": round(self._share(self.feed), 4)})
 
     def _due(self, taken: int) -> bool:
         every = self.config.checkpoint_every
@@ -199,7 +213,9 @@ class Run:
         size = self.config.batch_size
         while self.step < self.config.steps:
             self._fill()
-            if self._asked():  # state, rows and next group agree here, so that a saved run goes on as if never stopped
+            self.calls += 1
+            # state, rows and next group agree here, so that a saved run goes on as if never stopped
+            if self._asked() or joining.all_stop(self.calls):
                 return
             steps = min(self.config.steps_per_call, self.config.steps - self.step)
             with self._timed("buffer"):
@@ -251,6 +267,7 @@ class Run:
         cursor["data"] = self.source.seen.said
         cursor["digest"] = files.digest(cursor)
         checkpoint.save(self.directory, self.step, (self.state, self.rows), cursor, keep=2)
+        self.saved = self.step
 
     def _check_whole(self, cursor: dict[str, Any]) -> None:
         """Raises unless the cursor is the one that was saved; what was saved before cursors had a digest is believed."""
@@ -295,20 +312,22 @@ class Run:
         results = {}
         states = [self.state] if len(self.members) == 1 else training.unstack(self.state)
         for member, state, (reads, writes) in zip(self.members, states, self.sites, strict=True):
-            module = training.finish(state)
+            module = sharding.here(training.finish(state))
             if setting is not None:
                 module = module.at_l0(setting[:, _at(reads)], float(k_of(member.config)))
             total = evaluation.totals_of(module, held_out[:, _at(reads)], held_out[:, _at(writes)])
             where = self.config.out / "sae" / (member.name if self.config.sweep else "")
             metadata = facts | member.place.metadata | {"training": training_flags(member.config)}
-            sae.save(module, where, metadata, density=metrics.density(total))
+            if joining.first():
+                sae.save(module, where, metadata, density=metrics.density(total))
             said = {"form": self.config.form, "site": str(member.place), "saved": str(where)}
             said["rows_of"] = sources.rows_of(self.source, len(held_out))
             dictionary = Dictionary(member.name, module, member.place, metadata)
             measured = metrics.summary(total)
             sites = evaluation.by_site(dictionary, held_out[:, _at(reads)], held_out[:, _at(writes)], measured["l0"])
             results[member.name] = Result(dictionary, where, measured | said | sites)
-        files.write_json(self.config.out / "metrics.json", {name: one.metrics for name, one in results.items()})
+        if joining.first():
+            files.write_json(self.config.out / "metrics.json", {name: one.metrics for name, one in results.items()})
         return results
 
 

@@ -12,6 +12,7 @@ from qwen_lab import bounds, files, flags, meshes, tracking, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed, Times, Weight, Whole
 from qwen_lab.corpora import OfData, Unsaid
 from qwen_lab.errors import InputError
+from qwen_lab.hosts import Together
 
 Form = Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(list(sae.FORMS)))]
 
@@ -20,7 +21,7 @@ TASKS = Unsaid(120)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(meshes.OnMesh, OfData):
+class RunConfig(meshes.OnMesh, OfData, Together):
     """What a training run is told."""
 
     source: Literal["live", "store"] = "live"
@@ -129,7 +130,9 @@ def k_of(config: RunConfig) -> int:
 
 
 EARLIER = files.jsonable(OfData())  # what runs that know none of these flags did
-FREE = ("out", "mesh", "checkpoint_every", "partial_store", "track")  # change no result
+FREE = (  # change no result
+    "out", "mesh", "checkpoint_every", "partial_store", "track", "coordinator", "processes", "process_id",
+)  # fmt: skip
 RAISABLE = ("limit", "steps")  # of what is settled: a run is extended by giving its command again with more
 
 

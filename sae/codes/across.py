@@ -82,6 +82,16 @@ def by_rows(mesh: Mesh, rows: int, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * axis, divided(ROWS, rows, mesh)))
 
 
+def placed(array: jax.Array, where: NamedSharding) -> jax.Array:
+    """It, there. What every process has whole each gives to its own devices: nothing is sent, nor compared."""
+    if where.is_fully_addressable or not array.is_fully_addressable:
+        return jax.device_put(array, where)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        words = placed(jax.random.key_data(array), where)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
 def divided(axis: str, size: int, mesh: Mesh) -> str | None:
     """The axis; None, which is logged, where it does not divide so many rows or latents."""
     check(mesh)

@@ -65,7 +65,7 @@ class ShuffleBuffer(eqx.Module):
             key=jax.random.clone(key),
             dtype=jnp.dtype(dtype),
         )
-        return made if mesh is None else jax.device_put(made, _places(made, mesh))
+        return made if mesh is None else jax.tree.map(across.placed, made, _places(made, mesh))
 
     def __repr__(self) -> str:
         return shown.by_field(self)
@@ -88,7 +88,8 @@ class ShuffleBuffer(eqx.Module):
         """The buffer with the kept rows behind the live ones; rows beyond the capacity are dropped and counted."""
         wanted = jnp.ones(rows.shape[0], bool) if keep is None else keep
         if self.mesh is not None:  # one device may have made them, or the devices of another mesh
-            rows, wanted = jax.device_put((rows, wanted), across.by_rows(self.mesh, len(rows)))
+            where = across.by_rows(self.mesh, len(rows))
+            rows, wanted = across.placed(rows, where), across.placed(wanted, where)
         return _add(Addition(rows, wanted, self.mesh), self)
 
     def draw(self, *, steps: int, batch: int) -> tuple["ShuffleBuffer", Float[Array, "steps batch *sites d_model"]]:

@@ -83,8 +83,8 @@ def run(
         return _run(Batches(config, x, y, sites, at_once, None), state)
     axis = 1 if sites is None else 2
     where = across.by_rows(mesh, x.shape[axis], axis)
-    rows = (jax.device_put(x, where), None if y is None else jax.device_put(y, where))
-    everywhere = jax.device_put(sites, NamedSharding(mesh, P()))
+    rows = (across.placed(x, where), None if y is None else across.placed(y, where))
+    everywhere = None if sites is None else across.placed(sites, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         return _run(Batches(config, *rows, everywhere, at_once, mesh), state)
 

@@ -42,7 +42,16 @@ Tree = TypeVar("Tree", TrainState, AbstractDictionary)
 
 def place(tree: Tree, mesh: Mesh) -> Tree:
     """A state, a stack of states or a dictionary on a mesh: what is computed with it then runs there."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(across.placed, tree, shardings(tree, mesh))
+
+
+def here(module: AbstractDictionary) -> AbstractDictionary:
+    """A dictionary whole on a device of this process, where it lies on those of several; all of them call this."""
+    mesh = mesh_of(module)
+    if mesh is None or not mesh.is_multi_process:
+        return module
+    whole = jax.device_put(module, NamedSharding(mesh, P()))
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
 def shardings(tree: TrainState | AbstractDictionary, mesh: Mesh) -> Any:

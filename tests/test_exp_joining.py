@@ -1,0 +1,158 @@
+"""train_sae.py in several processes: the dictionaries of one, a stop at one step, and an end where one is lost."""
+
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import sae
+import stores
+import train_sae
+from qwen_lab import InputError, RunConfig, hosts, joining
+from qwen_lab import jobs as lab_jobs
+from qwen_lab.hosts import Hosts
+from qwen_lab.runs import Run
+from running import ROOT, run
+from sae.training import checkpoint
+from tolerances import SAME_F32
+
+FIELDS: dict[str, Any] = {
+    "source": "store", "held_out": 4, "sweep": ("k=2,4",), "d_sae": 16, "steps": 12, "batch_size": 16,
+    "steps_per_call": 2, "checkpoint_every": 4, "buffer_rows": 512,
+}  # fmt: skip
+ITEMS, ROWS = 24, 16
+SECONDS = 240  # until a process is ended that ought to have ended
+
+
+def write_store(where: Path) -> Path:
+    """Of one site, 16 rows an item."""
+    manifest = dataclasses.replace(
+        stores.MANIFEST, sites=("blocks.0.hook_resid_post",), d_model=4, dtype="float32",
+        plan=sae.Plan(ITEMS, ITEMS), config={"limit": ITEMS},
+    )  # fmt: skip
+    item = np.repeat(np.arange(ITEMS, dtype=np.int32), ROWS)
+    rows = np.random.default_rng(0).normal(size=(len(item), 1, 4)).astype(np.float32)
+    numbers = np.arange(len(item), dtype=np.int32)
+    sae.StoreWriter.create(where, manifest).write_shard(
+        0, sae.Rows(rows, numbers, numbers, item, item >= 0), [{"text": "", "outcome": {}}] * ITEMS
+    )
+    return where
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def two(config: RunConfig, cache: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of two devices each that train what a config says, over all four; ended in any case."""
+    named = {name: getattr(config, name) for name in (*FIELDS, "store", "out")} | {"sweep": config.sweep[0]}
+    flags = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--mesh", "data=2,model=2", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    own |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own |= {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
+    command = [sys.executable, str(ROOT / "experiments" / "train_sae.py"), *flags, "--process-id"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, str(number)], env=os.environ | own, **pipes) for number in range(2)]
+    try:
+        yield both
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def ended(both: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, and what was said on either stream."""
+    said = [process.communicate(timeout=SECONDS) for process in both]
+    return [process.returncode for process in both], [out for out, _ in said], [err for _, err in said]
+
+
+def wait_for_checkpoint(both: list[subprocess.Popen[str]], where: Path, after: int) -> None:
+    end = time.monotonic() + SECONDS
+    while checkpoint.steps(where)[-1:] <= [after]:
+        if time.monotonic() > end or any(process.poll() is not None for process in both):
+            pytest.fail(f"no further step was saved: {ended(both)}")
+        time.sleep(0.1)
+
+
+def test_two_processes_train_what_one_does_stop_at_one_step_and_end_with_one(tmp_path: Path):
+    """All of it in one directory: the start of each process is what costs."""
+    store, cache = write_store(tmp_path / "store"), tmp_path / "xla"
+    alone, config = (RunConfig(**FIELDS, store=store, out=tmp_path / name) for name in ("alone", "together"))
+    saved = config.out / "checkpoints"
+    with two(config, cache) as both:
+        codes, said, errors = ended(both)
+    assert codes == [0, 0], errors
+    assert "saved: " in said[0]
+    assert re.sub(r"\[Gloo\].*\n", "", said[1]).splitlines()[1:] == []
+    run(train_sae, alone)
+    for member in ("k2", "k4"):
+        found, expected = (load_file(each.out / "sae" / member / "sae_weights.safetensors") for each in (config, alone))
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], **SAME_F32)
+    assert len((config.out / "metrics.jsonl").read_text().splitlines()) == 6
+    slices = {path.name for path in (saved / "00000012").glob("*.safetensors")}
+    assert slices == {f"state-0000{number}-of-00002.safetensors" for number in range(2)}
+
+    longer = dataclasses.replace(config, steps=10**6)
+    with two(longer, cache) as both:
+        wait_for_checkpoint(both, saved, 12)
+        both[1].send_signal(signal.SIGTERM)
+        codes, said, errors = ended(both)
+    assert codes == [75, 75], errors
+    assert "going on from step 12 of 1000000" in said[0]
+    assert all("stopped: what was finished is saved" in error for error in errors)
+    job = lab_jobs.open_job(longer)
+    going_on = Run.start(longer, job.members, job.source)  # in one process
+    assert going_on.step == checkpoint.steps(saved)[-1] > 12
+    assert int(going_on.state.step[0]) == going_on.step
+
+    with two(longer, cache) as both:
+        wait_for_checkpoint(both, saved, going_on.step)
+        both[1].kill()
+        codes, _, errors = ended(both)
+    assert codes == [1, -signal.SIGKILL], errors
+    assert "error: process 0 of 2 lost another one (" in errors[0]
+
+
+def test_a_source_that_cannot_be_shared_is_refused(tmp_path: Path):
+    asked = RunConfig(out=tmp_path / "out", coordinator="localhost:1", processes=2, process_id=0)
+    with pytest.raises(
+        InputError, match="--source: found live in 2 processes, expected store; --processes 1 works alone"
+    ):
+        train_sae.main(asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_who_has_used_a_device_cannot_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hosts, "WAIT", 20.0)
+    port = free_port()
+
+    def join(number: int) -> str:
+        with pytest.raises(InputError) as caught, joining.together(Hosts(f"localhost:{port}", 2, number), {}, tmp_path):
+            pytest.fail("joined")
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(join, range(2)))
+    for number, end in enumerate(ends):
+        assert f"--processes: found process {number} of 2 that cannot join (" in end
+        assert end.endswith("expected one that has used no device yet")
+    assert not joining.joined()
