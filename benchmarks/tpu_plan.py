@@ -60,8 +60,8 @@ class Config:
     """Of its layers, the first; 0 for all. Each of them compiles."""
     topologies: tuple[str, ...] = ("v5e:2x2", "v5e:4x4")
     """Chips and how they are wired."""
-    programs: tuple[Program, ...] = ("loop", "step", "topk")
-    """The whole decode loop of `generate`, one step of it, a training step of a TopK dictionary."""
+    programs: tuple[Program, ...] = ("loop", "step")
+    """The whole decode loop of `generate`, one step of it, a training step of a TopK dictionary, which compiles long."""
     model: int = 2
     """Size of the model axis where weights are split."""
     rows: int = 8
