@@ -70,7 +70,7 @@ def test_without_it_nothing_is_said_and_the_program_calls_nobody(
     assert capfd.readouterr() == ("", "")
     generator, batch = qwen_eqx.prepare(tiny.model(), PROMPTS, max_new_tokens=NEW)
 
-    def program(function, *watcher: jax.Array | None) -> str:
+    def program(function, *watcher: jax.Array | int | None) -> str:
         return eqx.filter_jit(function).lower(tiny.model(), generator, batch, *watcher).as_text()
 
     def plain(model, generator, batch):
@@ -81,9 +81,9 @@ def test_without_it_nothing_is_said_and_the_program_calls_nobody(
         state = jax.lax.while_loop(lambda s: ~s.done.all(), steps, state)
         return _Outputs(state.tokens, state.length, state.log_probs, state.buffer, prompt_activations)
 
-    unwatched = program(_generate.__wrapped__, None)
+    unwatched = program(_generate.__wrapped__, None, None)
     assert "callback" not in unwatched
-    assert "callback" in program(_generate.__wrapped__, jax.numpy.int32(0))
+    assert "callback" in program(_generate.__wrapped__, jax.numpy.int32(0), None)
     assert unwatched.replace("_generate", "plain") == program(plain)
 
 

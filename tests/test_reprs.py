@@ -69,7 +69,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "tokenizer": (
         lambda: Tokenizer.from_directory(EMBEDDED / "tiny-random"), ["512 tokens", "with chat template", "tiny-random"]
     ),
-    "generation": (running.greedy, ["tokens=int32[4, 6]", "log_probs=float32[4, 6]", "activations=float32[10, 4, 6, 16]"]),
+    "generation": (running.greedy, ["tokens=int32[4, 6]", "log_probs=float32[4, 6]", "activations=float32[12, 4, 6, 16]"]),
     "generation without capture": (lambda: running.generate([[1]], capture=None), ["activations=None"]),
     "config": (lambda: tiny.CONFIGS["qwen3"], ["model_type='qwen3'", "max_seq=64"]),
     "rows": (lambda: rows(9000), ["Rows(activations=float32[9000, 3, 8]", "generated=bool[9000]"]),

@@ -10,7 +10,7 @@ what has no latents, on all. JAX's partitioner divides the work (GSPMD, Xu et al
 - over `data`: gradients, d_sae / model · width of encoder and decoder, are added up;
 - over `model`: partial reconstructions, batch / data · d_out, are added up;
 - TopK chooses a row's k of the k best of every device's latents: batch / data · model · k pairs go over `model`;
-- BatchTopK, Matryoshka and Crosscoder choose so `candidates` of each row (their dense path: none, it keeps all values
+- Forms that keep k of a batch on average choose so `candidates` of each row (their dense path: none, it keeps all values
   where they are); then 31 counts, one number each, are added up over both axes and give the value of the batch·k-th;
   on the sparse path rows and chosen pairs go over `data`, for a pair may be of any row.
 
