@@ -106,7 +106,7 @@ def test_two_processes_train_what_one_does_stop_at_one_step_and_end_with_one(tmp
     for member in ("k2", "k4"):
         found, expected = (load_file(each.out / "sae" / member / "sae_weights.safetensors") for each in (config, alone))
         for name in expected:
-            np.testing.assert_allclose(found[name], expected[name], **SAME_F32)
+            np.testing.assert_allclose(found[name], expected[name], **SAME_F32)  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert len((config.out / "metrics.jsonl").read_text().splitlines()) == 6
     slices = {path.name for path in (saved / "00000012").glob("*.safetensors")}
     assert slices == {f"state-0000{number}-of-00002.safetensors" for number in range(2)}
