@@ -23,20 +23,28 @@ EVERYTHING = Options(max_features=None, batch=16, logits=3)
 @functools.cache
 def transcoders(kind: str) -> tuple[qwen_eqx.Qwen, sae.Transcoders]:
     site, crosses, skips, name = KINDS[kind]
-    model, rng = tiny.model(name), np.random.default_rng(7)
-    width, layers, d_sae = model.config.d_model, model.config.layers, 9
+    model = tiny.model(name)
+    return model, drawn(model.config, site, crosses=crosses, skips=skips, threshold=0.1 if kind == "plain" else None)
+
+
+def drawn(
+    config: qwen_eqx.QwenConfig, site: str, *, crosses: bool, skips: bool, threshold: float | None
+) -> sae.Transcoders:
+    """Random ones for a model of this shape."""
+    rng = np.random.default_rng(7)
+    width, layers, d_sae = config.d_model, config.layers, 9
 
     def array(*shape: int) -> np.ndarray:
         return (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
 
-    return model, sae.Transcoders(
+    return sae.Transcoders(
         tuple(
             Layer(
                 array(d_sae, width),
                 array(d_sae),
                 array(d_sae, layers - layer if crosses else 1, width),
                 array(width),
-                np.full(d_sae, 0.1, np.float32) if kind == "plain" else None,
+                None if threshold is None else np.full(d_sae, threshold, np.float32),
                 array(width, width) if skips else None,
             )
             for layer in range(layers)
