@@ -28,6 +28,7 @@ TABLE = [  # command, flags ({file} is a path below)
     ("steer", "--sae", "/no/such"), ("steer", "--limit", "0"),
     ("trace_circuit", "--transcoders", "x" * 5000), ("trace_circuit", "--hold", "1_2_3"), ("trace_circuit", "--nodes", "2"),
     ("trace_circuit", "--batch", "0"), ("trace_circuit", "--row", "-1"),
+    ("study_circuits", "--families", "recolour"), ("study_circuits", "--puzzles", "0"),
     ("transform_dataset", "--dataset", "x" * 5000 + ".jsonl"), ("transform_dataset", "--max-samples", BIG),
     ("train_sae", "--form", "relu", "--k", "3"), ("train_sae", "--form", "gated", "--k", "3"),
     ("train_sae", "--form", "relu", "--sweep", "k=3,5"), ("train_sae", "--form", "gated", "--sweep", "lr=1e-3", "k=3"),
