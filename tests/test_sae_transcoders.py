@@ -91,5 +91,5 @@ def test_a_directory_without_one_for_every_block_is_refused(tmp_path):
         sae.save(trained("relu", layer), tmp_path / str(layer), metadata)
     with pytest.raises(sae.InputError, match="found no transcoder of block 1"):
         sae.load_transcoders(tmp_path)
-    with pytest.raises(sae.InputError, match="found transcoders of none"):
+    with pytest.raises(sae.InputError, match="found no such file or directory"):
         sae.load_transcoders(tmp_path / "3")
