@@ -7,7 +7,15 @@ import sys
 import time
 import urllib.request
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # eight devices on two busy cores may meet late: XLA ends the process after 40 s
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_collective_timeout_seconds=600",
+    ]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["QWEN_LAB_MODEL"] = "tiny-random"  # no test depends on the weights of the model that commands default to
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite must never reach for a model hub

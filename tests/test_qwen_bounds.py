@@ -41,9 +41,8 @@ def test_absurd_numbers_are_refused_in_one_line(name: str):
 
 def test_a_plain_pass_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch):
     site = "model.layers.0"
-    monkeypatch.setattr(
-        qwen, "free_device_bytes", lambda devices=None: 10 * 16 * (97 + 16) * 4 - 1
-    )  # ten rows of a bucket of 16
+    needed = 10 * 16 * (97 + 16) * 4  # ten rows of a bucket of 16
+    monkeypatch.setattr(qwen, "free_device_bytes", lambda devices=None: needed - 1)
     with pytest.raises(InputError, match=r"memory: logits, 0\.1 MB, and activations, .*lower .*logits='last'"):
         tiny.model().run_with_capture(MANY, [site])
     logits, acts = tiny.model().run_with_capture(MANY, [site], logits="last")
