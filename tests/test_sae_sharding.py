@@ -54,7 +54,15 @@ def assert_same(left, right) -> None:
 
 # relu: test_two_processes; jumprelu: test_a_sweep; topk: test_a_donated_state
 @pytest.mark.parametrize(
-    ("form", "shape"), [("gated", (1, 1)), ("crosscoder", (2, 1)), ("matryoshka", (1, 4)), ("batchtopk", (2, 2))]
+    ("form", "shape"),
+    [
+        ("gated", (1, 1)),
+        ("crosscoder", (2, 1)),
+        ("matryoshka", (1, 4)),
+        ("batchtopk", (2, 2)),
+        ("skip", (2, 2)),
+        ("clt", (1, 2)),
+    ],
 )
 def test_a_form_trains_on_a_mesh_as_on_one_device(form, shape, monkeypatch):
     if form == "batchtopk":  # whose sparse path would not pay at this size, nor do those of the others here

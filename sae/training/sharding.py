@@ -10,7 +10,7 @@ what has no latents, on all. JAX's partitioner divides the work (GSPMD, Xu et al
 - over `data`: gradients, d_sae / model · width of encoder and decoder, are added up;
 - over `model`: partial reconstructions, batch / data · d_out, are added up;
 - TopK chooses a row's k of the k best of every device's latents: batch / data · model · k pairs go over `model`;
-- Forms that keep k of a batch on average choose so `candidates` of each row (their dense path: none, it keeps all values
+- forms that keep k of a batch on average choose so `candidates` of each row (their dense path: none, it keeps all values
   where they are); then 31 counts, one number each, are added up over both axes and give the value of the batch·k-th;
   on the sparse path rows and chosen pairs go over `data`, for a pair may be of any row.
 
@@ -32,8 +32,8 @@ from sae.training.state import TrainState
 
 # path of a leaf -> the axis that its first dimension, after a sweep's members, is divided over; one rule for each leaf
 RULES: dict[str, str | None] = {
-    r"(module|average|optimizer\.[mn]u)\.(?!b_dec$)\w+": across.LATENTS,  # of every form
-    r"(module|average|optimizer\.[mn]u)\.b_dec": None,
+    r"(module|average|optimizer\.[mn]u)\.(?!(b_dec|skip)$)\w+": across.LATENTS,  # of every form
+    r"(module|average|optimizer\.[mn]u)\.(b_dec|skip)": None,
     r"since_fired": across.LATENTS,
     r"optimizer\.count|hyper\.\w+|step|bad_step|(scale|mean)(_out)?": None,
 }
