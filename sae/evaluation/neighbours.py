@@ -34,14 +34,16 @@ def together(codes: Sequence[scipy.sparse.csr_array], count: int) -> tuple[list[
     How much is Jaccard's share: positions where both fire over those where either does. Codes are [seq, d_sae] of each
     document. Where latents fire densely only every n-th position is counted.
     """
-    fires = scipy.sparse.vstack([code > 0 for code in codes], format="csr").astype(np.float32)
+    fires = scipy.sparse.csr_array(scipy.sparse.vstack(list(codes)))
+    fires.data = (fires.data > 0).astype(np.float32)
+    fires.eliminate_zeros()
     cost = int((np.diff(fires.indptr).astype(np.int64) ** 2).sum())
     fires = fires[:: -(-cost // PRODUCTS) or 1]
     alone = np.asarray(fires.sum(axis=0)).ravel()
     found: list[list[tuple[int, float]]] = []
-    by_latent = fires.T.tocsr()
+    by_latent = scipy.sparse.csr_array(fires.T)
     for start in range(0, fires.shape[1], CHUNK):
-        both = (by_latent[start : start + CHUNK] @ fires).tocsr()
+        both = scipy.sparse.csr_array(by_latent[start : start + CHUNK] @ fires)
         for row in range(both.shape[0]):
             others, hits = (part[both.indptr[row] : both.indptr[row + 1]] for part in (both.indices, both.data))
             kept = others != start + row

@@ -24,11 +24,11 @@ async function article(site, dictionary, latent, around) {
     element("dl", {}, ...facts([
       ["density", percent(latent.density)], ["mean where it fires", number(latent.mean)], ["peak", number(peak)],
     ])),
-    element("div", { class: "figures" }, histogram(site, latent), logits(latent, notes), matched(latent, notes)),
     element("div", { class: "figures" },
+      element("div", { class: "stack" }, histogram(site, latent), invariance(latent, notes)),
+      matched(latent, notes), logits(latent, notes),
       others(dictionary, "Nearest decoder rows", "cosine", latent.near, notes.get("near")),
-      others(dictionary, "Fires together with", "share of positions", latent.together, notes.get("together")),
-      invariance(latent, notes)),
+      others(dictionary, "Fires together with", "share of positions", latent.together, notes.get("together"))),
     steering(site, latent, documents, notes),
     examples(site, latent, documents, notes),
   ];
@@ -69,7 +69,9 @@ function matched(latent, notes) {
     ...beside.map(([, value]) => element("td", { class: "n" }, number(value)))));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body));
   const wide = element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Plain properties" }, table);
-  return panel("Plain properties", notes.get("matches"), wide);
+  const made = panel("Plain properties", notes.get("matches"), wide);
+  made.classList.add("broad");
+  return made;
 }
 
 function others(dictionary, title, unit, pairs, note) {
@@ -145,11 +147,12 @@ function example(site, one, documents, peak) {
 function own(site, one, text, documents, peak) {
   const group = element("div", { class: "pair", role: "group", "aria-label": "the model's answer" },
     element("p", { class: "group" }, "the model's answer"));
-  const read = one.own ? documents.get(one.own.document) : null;
+  const same = text.answer.read === one.document, fired = same ? one : one.own;
+  const read = same ? text : one.own && documents.get(one.own.document);
   if (!read) group.append(element("div", { class: "grids" }, answered(site, "written", text.answer)));
   else {
     const last = read.grids[read.grids.length - 1];
-    const figure = painted(site, read, last, dense(one.own, read), peak);
+    const figure = painted(site, read, { ...last, title: "written" }, dense(fired, read), peak);
     figure.querySelector("figcaption").append(" ", verdict(text.answer));
     group.append(element("div", { class: "grids" }, figure));
   }
@@ -187,7 +190,7 @@ function painted(site, text, grid, values, peak) {
   const said = `${grid.group}, ${grid.title}, ${grid.cells.length} by ${cols} cells: ` +
     (fires ? `fires on ${fires}, most on ${place} with ${number(best)}` : "silent");
   const answer = first >= text.prompt;
-  const caption = element("figcaption", {}, grid.title, answer ? element("small", {}, " generated part") : "");
+  const caption = element("figcaption", {}, grid.title, answer ? element("small", {}, " · generated") : "");
   return element("figure", { class: answer ? "generated" : "" },
     picture(grid.cells, site.colours, said, cells, peak), caption);
 }

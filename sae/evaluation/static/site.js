@@ -73,6 +73,8 @@ async function list() {
     shown.sort((a, b) => (falls || like ? key(b) - key(a) : key(a) - key(b)) || a.latent - b.latent);
     page = 0;
     total = rows.length;
+    const one = site.dictionaries.find((each) => each.key === at("layer").value);
+    at("facts").replaceChildren(...facts([...site.facts, ...(one ? one.facts : [])]));
     offer(rows);
     table();
   } catch (error) {
@@ -187,7 +189,6 @@ async function start() {
   try {
     site = await load("index");
     at("home").textContent = at("title").textContent = site.title;
-    at("facts").replaceChildren(...facts(site.facts));
     at("links").replaceChildren(...site.links.map(([name, address]) => element("a", { href: address }, name)));
     const layers = site.dictionaries.map((one) => element("option", { value: one.key }, one.name));
     if (layers.length > 1) layers.push(element("option", { value: "*" }, "all"));
