@@ -42,7 +42,8 @@ def opened(
 ) -> Iterator[Any]:
     """A page in a window of this size; fails at the end on console errors, exceptions, and what was asked of a network.
 
-    `asked` is filled with the address of everything the page reads. `options` are those of playwright's `new_context`, such as `java_script_enabled=False`.
+    `asked` is filled with the address of everything the page reads.
+    `options` are those of playwright's `new_context`, such as `java_script_enabled=False`.
     """
     address = path if isinstance(path, str) else path.absolute().as_uri()
     scheme = "dark" if dark else "light"
@@ -58,6 +59,6 @@ def opened(
         page.on("request", lambda asked: None if asked.url.startswith(HERE) else wrong.append(f"asked: {asked.url}"))
         page.goto(address)
         yield page
-        assert wrong == []
+        assert not wrong, "; ".join(wrong)
     finally:
         context.close()

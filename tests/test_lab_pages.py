@@ -75,7 +75,7 @@ def test_a_direction_changes_the_answer_that_it_is_added_to_and_no_other():
 
 
 def test_tokens_are_text_or_bytes_that_are_spelled_out():
-    for token in range(0, MODEL.config.vocab_size, 7):
+    for token in range(0, TOKENIZER.backend.get_vocab_size(), 7):
         if TOKENIZER.backend.id_to_token(token) is None:
             continue
         text, said = TOKENIZER.decode([token]), lens.token_text(TOKENIZER, token)
