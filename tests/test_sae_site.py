@@ -1,7 +1,10 @@
 """The site of latents: files that hold what was given and nothing that runs, and pages as a browser shows them."""
 
+import functools
+import http.server
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +292,23 @@ def test_many_latents_open_by_their_columns_alone(tmp_path: Path, browse, monkey
         page.click("#rows a")
         page.wait_for_selector("article h1")
         assert [Path(url).name for url in asked if "/data/0/" in url] == ["index.js", "0255.js"]
+
+
+def test_it_is_the_same_from_a_server(made: Path, browse):
+    quiet = functools.partial(Quiet, directory=str(made.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with browse(f"http://127.0.0.1:{server.server_port}/#/1/0") as page:
+            page.wait_for_selector("article h1")
+            assert "second" in page.inner_text("article h1")
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Says nothing of what is read."""
+
+    def log_message(self, *_) -> None:
+        pass
 
 
 def test_what_is_missing_is_said(made: Path, tmp_path: Path, browse):
