@@ -51,7 +51,7 @@ def latent(index: int, density: float = 0.1, **fields) -> site.Latent:
 
 def fired(*pairs: tuple[int, float]) -> site.Fired:
     tokens, values = zip(*pairs, strict=True)
-    return site.Fired(0, np.asarray(tokens), np.asarray(values, np.float64))
+    return site.Fired(0, np.asarray(tokens), np.asarray(values, np.float32))
 
 
 def read(path: Path):

@@ -39,16 +39,17 @@ def together(codes: Sequence[scipy.sparse.csr_array], count: int) -> tuple[list[
     fires.eliminate_zeros()
     cost = int((np.diff(fires.indptr).astype(np.int64) ** 2).sum())
     fires = fires[:: -(-cost // PRODUCTS) or 1]
-    alone = np.asarray(fires.sum(axis=0)).ravel()
+    alone = np.bincount(fires.indices, minlength=codes[0].shape[1])
     found: list[list[tuple[int, float]]] = []
     by_latent = scipy.sparse.csr_array(fires.T)
-    for start in range(0, fires.shape[1], CHUNK):
+    for start in range(0, len(alone), CHUNK):
         both = scipy.sparse.csr_array(by_latent[start : start + CHUNK] @ fires)
-        for row in range(both.shape[0]):
-            others, hits = (part[both.indptr[row] : both.indptr[row + 1]] for part in (both.indices, both.data))
+        indices, data, ends = (np.asarray(part) for part in (both.indices, both.data, both.indptr))
+        for row in range(min(CHUNK, len(alone) - start)):
+            others, hits = (part[ends[row] : ends[row + 1]] for part in (indices, data))
             kept = others != start + row
             others, hits = others[kept], hits[kept]
             shares = hits / (alone[start + row] + alone[others] - hits)
             order = np.lexsort((others, -shares))[:count]
-            found.append([(int(others[at]), float(shares[at])) for at in order])
-    return found, fires.shape[0]
+            found.append(list(zip(others[order].tolist(), shares[order].tolist(), strict=True)))
+    return found, len(fires.indptr) - 1

@@ -299,7 +299,7 @@ def _pairs(pairs: Iterable[tuple[Any, float]]) -> list[list[Any]]:
     return [[name, _short(value)] for name, value in pairs]
 
 
-def _short(value: float) -> float:
+def _short(value: float | np.floating) -> float:
     """A number of DIGITS digits, so that files stay small."""
     return float(f"{float(value):.{DIGITS}g}")
 
