@@ -39,14 +39,15 @@ def together(codes: Sequence[scipy.sparse.csr_array], count: int) -> tuple[list[
     fires.eliminate_zeros()
     cost = int((np.diff(fires.indptr).astype(np.int64) ** 2).sum())
     fires = fires[:: -(-cost // PRODUCTS) or 1]
-    alone = np.bincount(fires.indices, minlength=codes[0].shape[1])
+    alone = np.bincount(fires.indices, minlength=int(fires.shape[1]))
     found: list[list[tuple[int, float]]] = []
     by_latent = scipy.sparse.csr_array(fires.T)
     for start in range(0, len(alone), CHUNK):
         both = scipy.sparse.csr_array(by_latent[start : start + CHUNK] @ fires)
-        indices, data, ends = (np.asarray(part) for part in (both.indices, both.data, both.indptr))
+        indices, data, ends = np.asarray(both.indices), np.asarray(both.data), np.asarray(both.indptr)
         for row in range(min(CHUNK, len(alone) - start)):
-            others, hits = (part[ends[row] : ends[row + 1]] for part in (indices, data))
+            held = slice(ends[row], ends[row + 1])
+            others, hits = indices[held], data[held]
             kept = others != start + row
             others, hits = others[kept], hits[kept]
             shares = hits / (alone[start + row] + alone[others] - hits)
