@@ -97,7 +97,7 @@ def write_site(
 ) -> Path:
     """A site of all latents of these dictionaries; returns its index.html. `scores` are of `evaluate`, by name.
 
-    A `tasks/index.html` that is there already is linked.
+    Pages of tasks that are there already are linked: `tasks/index.html`, `tasks/TASK.html`, `tasks/TASK-test1.html`.
     """
     read = Read.of(data, dictionaries, detail or Detail())
     facts = {
@@ -120,7 +120,7 @@ def documents_of(read: Read, directory: Path) -> list[site.Document]:
     for number, document in enumerate(read.data.documents):
         answer, own = read.answers.get(number), read.own.get(number)
         place = count + own if own is not None else number if answer and answer.verdict == "right" else None
-        page = f"tasks/{document.task}.html"
+        page = f"tasks/{document.task}{f'-test{document.test}' if document.test else ''}.html"
         link = page if (directory / page).exists() else ""
         made.append(document_of(document, read.data.tokenizer, answer and _answer(answer, place), link))
     return made + [document_of(document, read.data.tokenizer) for document in read.owned.documents]
