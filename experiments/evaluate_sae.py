@@ -63,7 +63,7 @@ class Config(loading.OnModel):
     augmented: Whole = 8
     """Documents whose tasks are read turned, recoloured and reordered, to see what stays of each latent; 0: none."""
     out: Path = Path("runs/evaluate_sae")
-    """Directory of what is written. Table, pictures and the site of all latents."""
+    """Directory of what is written. Table, pictures and the gallery of all latents."""
 
 
 def check(config: Config) -> None:
@@ -108,6 +108,7 @@ def measure(
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
+    files.fresh_directory(config.out / "features")
     files.expect_files(config.out, "run.json", "metrics.json", "replacement.json")
     provenance.record_run(config.out, config)
     reading = cli.progress(read.documents, len(read.documents), "reading", "documents")
@@ -122,8 +123,8 @@ def measure(
     replace(config, data, dictionaries)
     detail = pages.Detail(config.examples, config.answered, config.steered, config.augmented)
     cli.console.print("what each latent fires on: painting", markup=False)
-    site = pages.write_site(config.out / "features", dictionaries, data, detail=detail, scores=results)
-    report(config, data, results, site)
+    page = pages.write_gallery(config.out / "features", dictionaries, data, detail=detail, scores=results)
+    report(config, data, results, page)
 
 
 def replace(config: Config, data: Data, dictionaries: Sequence[Dictionary]) -> None:
@@ -154,7 +155,7 @@ def evaluate(config: Config, dictionary: Dictionary, data: Data, out: Path) -> d
     return scores
 
 
-def report(config: Config, data: Data, results: dict[str, dict[str, Any]], site: Path) -> None:
+def report(config: Config, data: Data, results: dict[str, dict[str, Any]], page: Path) -> None:
     """The table, the picture of several, where everything lies and what comes next."""
     tasks = len(data.tasks)
     table = figures.metrics_table(results, f"{len(data.documents)} documents of {tasks} tasks")
@@ -168,8 +169,8 @@ def report(config: Config, data: Data, results: dict[str, dict[str, Any]], site:
         picture = figures.frontier(config.out / "fvu_l0.svg", results, note)
         cli.console.print(f"FVU against L0: {picture}", markup=False)
     row = next(iter(results.values()))
-    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {site}", markup=False)
-    cli.console.print(f"next: open {site}, then python experiments/steer.py --sae {row['source']}", markup=False)
+    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {page}", markup=False)
+    cli.console.print(f"next: open {page}, then python experiments/steer.py --sae {row['source']}", markup=False)
 
 
 def read_documents(

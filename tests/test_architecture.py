@@ -49,7 +49,7 @@ ORDER = {
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
             "circuit_tracer", "sets",
         ],
-        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "neighbours", "site"],
+        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "neighbours", "gallery"],
     },
     "qwen_lab": {
         "": [

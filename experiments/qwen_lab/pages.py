@@ -1,4 +1,4 @@
-"""The site of an evaluation: every latent of its dictionaries, painted on the grids of documents."""
+"""The gallery of an evaluation: every latent of its dictionaries, painted on the grids of documents."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from qwen_lab.corpus import Document
 from qwen_lab.evaluation import Data
 from qwen_lab.invariance import Twin
 from qwen_lab.places import Dictionary
-from sae import site
+from sae import gallery
 from sae.evaluation import neighbours, survey
 
 MATCHES, NEIGHBOURS = 3, 12  # shown of each latent
@@ -87,7 +87,7 @@ def _blank(data: Data, places: Sequence[Any]) -> Data | None:
     return Data.read(meshes.beside(data.model, made), data.tokenizer, data.documents, places, "random weights")
 
 
-def write_site(
+def write_gallery(
     directory: str | Path,
     dictionaries: Sequence[Dictionary],
     data: Data,
@@ -95,7 +95,7 @@ def write_site(
     detail: Detail | None = None,
     scores: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """A site of all latents of these dictionaries; returns its index.html. `scores` are of `evaluate`, by name.
+    """A gallery of all latents of these dictionaries; returns its index.html. `scores` are of `evaluate`, by name.
 
     Pages of tasks that are there already are linked: `tasks/index.html`, `tasks/TASK.html`, `tasks/TASK-test1.html`.
     """
@@ -111,10 +111,10 @@ def write_site(
     tasks = {"Tasks": "tasks/index.html"} if (Path(directory) / "tasks" / "index.html").exists() else {}
     shown = (_shown(str(key), one, read, (scores or {}).get(one.name, {})) for key, one in enumerate(dictionaries))
     title = f"Latents of {dictionaries[0].name if len(dictionaries) == 1 else data.model_name}"
-    return site.write(directory, title, shown, documents_of(read, Path(directory)), facts=facts, links=tasks)
+    return gallery.write(directory, title, shown, documents_of(read, Path(directory)), facts=facts, links=tasks)
 
 
-def documents_of(read: Read, directory: Path) -> list[site.Document]:
+def documents_of(read: Read, directory: Path) -> list[gallery.Document]:
     """The documents, then those with the model's own answers."""
     count, made = len(read.data.documents), []
     for number, document in enumerate(read.data.documents):
@@ -127,9 +127,9 @@ def documents_of(read: Read, directory: Path) -> list[site.Document]:
 
 
 def document_of(
-    document: Document, tokenizer: qwen_eqx.Tokenizer, answer: site.Answer | None = None, link: str = ""
-) -> site.Document:
-    """A document as the site shows it. A token that shares its character with others is spelled as bytes."""
+    document: Document, tokenizer: qwen_eqx.Tokenizer, answer: gallery.Answer | None = None, link: str = ""
+) -> gallery.Document:
+    """A document as a gallery shows it. A token that shares its character with others is spelled as bytes."""
     spans = document.offsets
     shared = [span in (*spans[max(0, at - 1) : at], *spans[at + 1 : at + 2]) for at, span in enumerate(spans)]
     pieces = [
@@ -137,26 +137,26 @@ def document_of(
         for token, piece, part in zip(document.tokens, document.pieces(), shared, strict=True)
     ]
     grids = [
-        site.Grid(grid.group, grid.title, grid.cells.astype(np.int64), document.tokens_of(grid))
+        gallery.Grid(grid.group, grid.title, grid.cells.astype(np.int64), document.tokens_of(grid))
         for grid in document.grids
     ]
     title = f"task {document.task}, test {document.test}"
-    return site.Document(title, pieces, document.asked, grids, answer, link)
+    return gallery.Document(title, pieces, document.asked, grids, answer, link)
 
 
-def _answer(written: answers.Written, read: int | None = None) -> site.Answer:
+def _answer(written: answers.Written, read: int | None = None) -> gallery.Answer:
     grid = None if written.grid is None else written.grid.astype(np.int64)
-    return site.Answer(written.verdict, written.text, grid, read)
+    return gallery.Answer(written.verdict, written.text, grid, read)
 
 
-def _shown(key: str, dictionary: Dictionary, read: Read, scores: Mapping[str, Any]) -> site.Dictionary:
+def _shown(key: str, dictionary: Dictionary, read: Read, scores: Mapping[str, Any]) -> gallery.Dictionary:
     module = dictionary.module
     blocks = {found.layer for each in dictionary.place.writes if (found := qwen_eqx.Site.spelled(each)) is not None}
     facts = {"site": str(dictionary.place), "dictionary": f"{module.name}, {module.d_sae:,} latents"}
     layer = ", ".join(map(str, sorted(blocks)))
     codes = [fired(sae.encoded(module, rows)) for rows in read.data.rows(dictionary)]
     parts = Parts.of(dictionary, read, codes)
-    return site.Dictionary(
+    return gallery.Dictionary(
         key, dictionary.name, layer, _latents(parts, read, codes), facts | figures.written(scores), parts.notes
     )
 
@@ -175,11 +175,11 @@ class Parts:
     own: list[scipy.sparse.csc_array]
     promoted: list[list[tuple[str, float]]]
     suppressed: list[list[tuple[str, float]]]
-    matches: list[list[site.Match]]
+    matches: list[list[gallery.Match]]
     near: list[list[tuple[int, float]]]
     together: list[list[tuple[int, float]]]
     invariance: Mapping[str, Float[np.ndarray, " d_sae"]]
-    steered: Mapping[int, site.Steered]
+    steered: Mapping[int, gallery.Steered]
     notes: dict[str, str]
 
     @classmethod
@@ -223,7 +223,7 @@ def _logits(
 
 def _matches(
     dictionary: Dictionary, read: Read, codes: Sequence[scipy.sparse.csr_array], notes: dict[str, str]
-) -> list[list[site.Match]]:
+) -> list[list[gallery.Match]]:
     """The plain properties that each latent fires with best, beside the best of each control for that property."""
     data, d_sae = read.data, dictionary.module.d_sae
     if len(data.tasks) < 2:
@@ -243,7 +243,7 @@ def _matches(
     order = np.argsort(-f1, axis=1, kind="stable")[:, :MATCHES]
     return [
         [
-            site.Match(
+            gallery.Match(
                 labels.NAMES[at], float(f1[latent, at]), {name: float(best[at]) for name, best in controls.items()}
             )
             for at in order[latent]
@@ -255,7 +255,7 @@ def _matches(
 
 def _steered(
     dictionary: Dictionary, read: Read, found: sae.Survey, peaks: np.ndarray, notes: dict[str, str]
-) -> dict[int, site.Steered]:
+) -> dict[int, gallery.Steered]:
     """Of some latents the answer to the document where each is strongest, its direction added at every position."""
     width = read.data.model.config.d_model
     if dictionary.module.decoder.shape[-1] != width:
@@ -274,22 +274,22 @@ def _steered(
         f"{len(chosen)} latents over all densities are steered, by {answers.STRENGTH:g} times their peak."
     )
     return {
-        latent: site.Steered(number, value, _answer(one))
+        latent: gallery.Steered(number, value, _answer(one))
         for latent, number, value, one in zip(chosen, numbers, values, written, strict=True)
     }
 
 
-def _latents(parts: Parts, read: Read, codes: Sequence[scipy.sparse.csr_array]) -> Iterator[site.Latent]:
+def _latents(parts: Parts, read: Read, codes: Sequence[scipy.sparse.csr_array]) -> Iterator[gallery.Latent]:
     """Every latent, one at a time."""
     columns = [code.tocsc() for code in codes]
     density, mean = parts.found.density, parts.found.mean
     for latent in range(len(density)):
         examples = [
-            site.Example(why, _fires(columns[number], latent, number), _own(parts, read, latent, number))
+            gallery.Example(why, _fires(columns[number], latent, number), _own(parts, read, latent, number))
             for number, why in survey.examples(parts.peaks[:, latent], read.detail.examples)
         ]
         kept = {kind: None if np.isnan(r[latent]) else float(r[latent]) for kind, r in parts.invariance.items()}
-        yield site.Latent(
+        yield gallery.Latent(
             index=latent,
             density=float(density[latent]),
             mean=float(mean[latent]),
@@ -306,11 +306,11 @@ def _latents(parts: Parts, read: Read, codes: Sequence[scipy.sparse.csr_array]) 
         )
 
 
-def _own(parts: Parts, read: Read, latent: int, number: int) -> site.Fired | None:
+def _own(parts: Parts, read: Read, latent: int, number: int) -> gallery.Fired | None:
     place = read.own.get(number)
     return None if place is None else _fires(parts.own[place], latent, len(read.data.documents) + place)
 
 
-def _fires(code: scipy.sparse.csc_array, latent: int, document: int) -> site.Fired:
+def _fires(code: scipy.sparse.csc_array, latent: int, document: int) -> gallery.Fired:
     start, end = code.indptr[latent : latent + 2]
-    return site.Fired(document, code.indices[start:end], code.data[start:end])
+    return gallery.Fired(document, code.indices[start:end], code.data[start:end])

@@ -1,4 +1,4 @@
-"""The site of a graph's features: what each fires on in other documents."""
+"""The gallery of a graph's features: what each fires on in other documents."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from qwen_lab import lens, pages
 from qwen_lab.circuits.graph import Graph
 from qwen_lab.circuits.nodes import FEATURE
 from qwen_lab.corpus import Document
-from sae import site
+from sae import gallery
 from sae.evaluation import survey
 
 ADDRESS = "features/index.html#/{layer}/{latent}"  # beside the graph's own page
@@ -42,10 +42,10 @@ def write(
         up, down = (lens.tokens_along(sign * directions, table, tokenizer) for sign in (1, -1))
         down = [[(token, -logit) for token, logit in row] for row in down]
         made = _latents(latents, codes[layer], up, down)
-        shown.append(site.Dictionary(str(layer), f"transcoder of block {layer}", str(layer), made, notes=NOTES))
+        shown.append(gallery.Dictionary(str(layer), f"transcoder of block {layer}", str(layer), made, notes=NOTES))
     facts = {"graph": str(graph.facts.get("what", "")), "documents": str(len(documents))}
     held = [pages.document_of(document, tokenizer) for document in documents]
-    site.write(directory / "features", "Features of a graph", shown, held, facts=facts)
+    gallery.write(directory / "features", "Features of a graph", shown, held, facts=facts)
 
 
 def _latents(
@@ -53,18 +53,20 @@ def _latents(
     codes: Sequence[Float[np.ndarray, "seq chosen"]],
     up: Sequence[Sequence[tuple[str, float]]],
     down: Sequence[Sequence[tuple[str, float]]],
-) -> list[site.Latent]:
+) -> list[gallery.Latent]:
     found = sae.Survey.take(codes, d_sae=len(latents), examples=1)
     peaks = np.stack([code.max(axis=0) for code in codes])
     return [
-        site.Latent(
+        gallery.Latent(
             index=latent,
             density=float(found.density[at]),
             mean=float(found.mean[at]),
             peak=float(peaks[:, at].max()),
             histogram=found.histogram[at],
             examples=[
-                site.Example(why, site.Fired(n, fires := np.flatnonzero(codes[n][:, at] > 0), codes[n][fires, at]))
+                gallery.Example(
+                    why, gallery.Fired(n, fires := np.flatnonzero(codes[n][:, at] > 0), codes[n][fires, at])
+                )
                 for n, why in survey.examples(peaks[:, at], EXAMPLES)
             ],
             promoted=up[at],

@@ -1,6 +1,6 @@
-"""A static site of latents: an index of all, and of each what it fires on, read in pages only when it is asked for.
+"""A gallery of latents, a static site: an index of all, and pages of what each fires on that are read when asked for.
 
-The caller says what to show as plain values. `index.html` and its scripts are the same for every site; what is shown
+The caller says what to show as plain values. `index.html` and its scripts are the same for every gallery; what is shown
 lies beside them as JSON in calls of `receive`, because a page from the file system may load scripts and nothing else.
 """
 
@@ -59,7 +59,7 @@ class Document:
     grids: Sequence[Grid] = ()
     answer: Answer | None = None
     link: str = ""
-    """Address of another page about it, relative to the site."""
+    """Address of another page about it, relative to the gallery."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +147,17 @@ def write(
     facts: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the site and return its index.html; `links` are names and addresses of other pages.
+    """Write the gallery and return its index.html; `links` are names and addresses of other pages.
 
-    What of an earlier site is not written again stays there, and nothing leads to it.
+    What of an earlier one is not written again stays there, and nothing leads to it.
     """
     home = Path(directory)
     data = home / "data"
     files.make_directory(data / "documents")
-    (data / "index.js").unlink(missing_ok=True)  # written last: a site that was cut off says so
+    (data / "index.js").unlink(missing_ok=True)  # written last: one that was cut off says so
     for number, document in enumerate(documents):
         _send(data, f"documents/{number:04}", _document(document, len(documents)))
-    for name in ("site.css", "draw.js", "latent.js", "site.js"):
+    for name in ("gallery.css", "draw.js", "latent.js", "gallery.js"):
         files.commit(home / name, (STATIC / name).read_bytes())
     told = [_write_dictionary(data, each, len(documents)) for each in dictionaries]
     _send(
@@ -179,7 +179,7 @@ def write(
 
 
 def _write_dictionary(data: Path, dictionary: Dictionary, documents: int) -> dict[str, Any]:
-    """Its latents in files of PER_PAGE, its columns in one; returns what the site's index says of it."""
+    """Its latents in files of PER_PAGE, its columns in one; returns what the index says of it."""
     files.make_directory(data / dictionary.key)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     page: list[dict[str, Any]] = []
@@ -305,7 +305,7 @@ def _short(value: float | np.floating) -> float:
 
 
 def _address(link: str) -> str:
-    """A place beside or below the site: no scheme, no other host, no way up."""
+    """A place beside or below the gallery: no scheme, no other host, no way up."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", link, re.ASCII):
         raise InputError(f"link: found {link!r}, expected a relative path of letters, digits, dots and dashes")
     return link

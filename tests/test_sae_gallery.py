@@ -1,4 +1,4 @@
-"""The site of latents: files that hold what was given and nothing that runs, and pages as a browser shows them."""
+"""The gallery of latents: files that hold what was given and nothing that runs, and pages as a browser shows them."""
 
 import functools
 import http.server
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae
-from sae.evaluation import site
+from sae.evaluation import gallery
 from sae.evaluation.survey import EDGES
 
 EVIL = [
@@ -28,7 +28,7 @@ WORDS = st.sampled_from(EVIL) | st.text(max_size=6)
 PROPERTIES = ("read: colour blue", "next: corner", "read: a cell")
 
 
-def document(words=("I", "\n"), title: str = "task t, test 0", seed: int = 0) -> site.Document:
+def document(words=("I", "\n"), title: str = "task t, test 0", seed: int = 0) -> gallery.Document:
     """A pair and a test, every cell a token; the last grid is the answer."""
     rng = np.random.default_rng(seed)
     tokens, grids = [], []
@@ -38,20 +38,20 @@ def document(words=("I", "\n"), title: str = "task t, test 0", seed: int = 0) ->
         held = len(tokens) + np.arange(12).reshape(3, 4)
         tokens += [str(cell) for cell in cells.ravel()]
         group = "example 1" if number < 2 else "test"
-        grids.append(site.Grid(group, ("input", "output")[number % 2], cells, np.stack([held, held + 1], -1)))
-    answer = site.Answer("wrong", "12\n3", np.array([[1, 2], [3, 4]]))
-    return site.Document(title, tokens, int(grids[-1].tokens.min()), grids, answer)
+        grids.append(gallery.Grid(group, ("input", "output")[number % 2], cells, np.stack([held, held + 1], -1)))
+    answer = gallery.Answer("wrong", "12\n3", np.array([[1, 2], [3, 4]]))
+    return gallery.Document(title, tokens, int(grids[-1].tokens.min()), grids, answer)
 
 
-def latent(index: int, density: float = 0.1, **fields) -> site.Latent:
+def latent(index: int, density: float = 0.1, **fields) -> gallery.Latent:
     counts = np.zeros(len(EDGES) - 1, int)
     counts[20:24] = [1, 5, 2, 1]
-    return site.Latent(index, density, 1.0, 4.0, counts, **fields)
+    return gallery.Latent(index, density, 1.0, 4.0, counts, **fields)
 
 
-def fired(*pairs: tuple[int, float]) -> site.Fired:
+def fired(*pairs: tuple[int, float]) -> gallery.Fired:
     tokens, values = zip(*pairs, strict=True)
-    return site.Fired(0, np.asarray(tokens), np.asarray(values, np.float32))
+    return gallery.Fired(0, np.asarray(tokens), np.asarray(values, np.float32))
 
 
 def read(path: Path):
@@ -67,10 +67,10 @@ def read(path: Path):
 @settings(max_examples=5)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=3), st.dictionaries(WORDS, WORDS, max_size=3))
 def test_whatever_a_text_says_it_is_data(tmp_path_factory, title, words, facts):
-    home = tmp_path_factory.mktemp("site")
-    shown = latent(3, promoted=[(word, 1.5) for word in words], matches=[site.Match(title, 0.5, {title: 0.25})])
-    given = site.Dictionary("0", title, title, [shown], facts, {"steered": title})
-    site.write(home, title, [given], [document(words, title)], facts=facts)
+    home = tmp_path_factory.mktemp("gallery")
+    shown = latent(3, promoted=[(word, 1.5) for word in words], matches=[gallery.Match(title, 0.5, {title: 0.25})])
+    given = gallery.Dictionary("0", title, title, [shown], facts, {"steered": title})
+    gallery.write(home, title, [given], [document(words, title)], facts=facts)
     index, page = read(home / "data" / "index.js"), read(home / "data" / "0" / "0000.js")
     assert (index["title"], dict(index["facts"]), index["dictionaries"][0]["name"]) == (title, facts, title)
     assert page["latents"][0]["promoted"] == [[word, 1.5] for word in words]
@@ -78,43 +78,46 @@ def test_whatever_a_text_says_it_is_data(tmp_path_factory, title, words, facts):
     held = read(home / "data" / "documents" / "0000.js")
     assert (held["title"], held["tokens"][: len(words)]) == (title, words)
     assert (home / "index.html").read_bytes() == (
-        site.STATIC / "index.html"
+        gallery.STATIC / "index.html"
     ).read_bytes()  # no text is ever put into it
 
 
 def test_the_page_runs_nothing_but_its_own_files():
-    page = (site.STATIC / "index.html").read_text()
+    page = (gallery.STATIC / "index.html").read_text()
     assert "default-src 'none'; style-src 'self' file:; script-src 'self' file:" in page
     assert re.findall(r"<script([^>]*)>(.*?)</script>", page) == [
-        (f' src="{name}.js"', "") for name in ("draw", "latent", "site")
+        (f' src="{name}.js"', "") for name in ("draw", "latent", "gallery")
     ]
     assert not re.search(r"\son\w+=|style=|https?:", page)
-    for path in site.STATIC.glob("*.js"):
+    for path in gallery.STATIC.glob("*.js"):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(", path.read_text())
 
 
 def test_latents_lie_in_files_of_a_few_and_the_index_in_columns(tmp_path: Path):
-    many = [latent(index, near=[(index - 1, 0.5)]) for index in range(5, 5 + site.PER_PAGE + 2)]
-    site.write(tmp_path, "t", [site.Dictionary("a", "a", "1", iter(many))], [])
+    many = [latent(index, near=[(index - 1, 0.5)]) for index in range(5, 5 + gallery.PER_PAGE + 2)]
+    gallery.write(tmp_path, "t", [gallery.Dictionary("a", "a", "1", iter(many))], [])
     pages = sorted((tmp_path / "data" / "a").glob("0*.js"))
-    assert [len(read(page)["latents"]) for page in pages] == [site.PER_PAGE, 2]
+    assert [len(read(page)["latents"]) for page in pages] == [gallery.PER_PAGE, 2]
     columns = read(tmp_path / "data" / "a" / "index.js")
-    assert columns["latent"] == list(range(5, 5 + site.PER_PAGE + 2))
-    assert all(len(columns[name]) == len(many) for name in site.COLUMNS)
+    assert columns["latent"] == list(range(5, 5 + gallery.PER_PAGE + 2))
+    assert all(len(columns[name]) == len(many) for name in gallery.COLUMNS)
 
 
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
         (lambda: fired((0, np.nan)), "NaN or infinity"),
-        (lambda: site.Dictionary("../x", "n", "", []), "expected letters and digits"),
-        (lambda: site.Dictionary("documents", "n", "", []), "expected letters and digits"),
+        (lambda: gallery.Dictionary("../x", "n", "", []), "expected letters and digits"),
+        (lambda: gallery.Dictionary("documents", "n", "", []), "expected letters and digits"),
         (lambda: shown(cells=np.full((1, 1), 10)), "colours 10 to 10"),
         (lambda: shown(cells=np.full((1, 1), -1)), "expected 0 to 9"),
         (lambda: shown(tokens=np.full((1, 1, 2), 9)), "token 9, expected at most 1"),
         (lambda: shown(link="javascript:alert(1)"), "expected a relative path"),
         (lambda: shown(link="//evil.example/x"), "expected a relative path"),
-        (lambda: shown(examples=[site.Example("top 1", site.Fired(1, np.zeros(0, int), np.zeros(0)))]), "found 1"),
+        (
+            lambda: shown(examples=[gallery.Example("top 1", gallery.Fired(1, np.zeros(0, int), np.zeros(0)))]),
+            "found 1",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused(wrong, expected, tmp_path: Path, monkeypatch):
@@ -125,16 +128,16 @@ def test_what_cannot_be_shown_is_refused(wrong, expected, tmp_path: Path, monkey
 
 def shown(cells=None, tokens=None, link="", examples=()) -> None:
     cells = np.zeros((1, 1), int) if cells is None else cells
-    grid = site.Grid("g", "t", cells, np.array([[[0, 1]]]) if tokens is None else tokens)
-    text = site.Document("d", ["x"], 1, [grid], link=link)
-    site.write("site", "t", [site.Dictionary("0", "n", "", [latent(0, examples=examples)])], [text])
+    grid = gallery.Grid("g", "t", cells, np.array([[[0, 1]]]) if tokens is None else tokens)
+    text = gallery.Document("d", ["x"], 1, [grid], link=link)
+    gallery.write("gallery", "t", [gallery.Dictionary("0", "n", "", [latent(0, examples=examples)])], [text])
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """Two dictionaries, of which the first has 130 latents; latent 7 has all there is to show."""
-    steered = site.Steered(0, 8.0, site.Answer("right", "1", np.array([[1]])))
-    example = site.Example("top 1", fired((2, 4.0), (3, 1.0), (4 * 14 - 1, 2.0)), None)
+    steered = gallery.Steered(0, 8.0, gallery.Answer("right", "1", np.array([[1]])))
+    example = gallery.Example("top 1", fired((2, 4.0), (3, 1.0), (4 * 14 - 1, 2.0)), None)
     everything = {
         "examples": [example],
         "promoted": [("\n", 2.0), (EVIL[0], 1.0)],
@@ -148,17 +151,17 @@ def made(tmp_path_factory) -> Path:
         latent(
             index,
             10.0 ** -(1 + index % 4),
-            matches=[site.Match(PROPERTIES[index % 3], (index % 10) / 10, {"dimensions": 0.25})],
+            matches=[gallery.Match(PROPERTIES[index % 3], (index % 10) / 10, {"dimensions": 0.25})],
             **(everything if index == 7 else {}),
         )
         for index in range(130)
     ]
-    home = tmp_path_factory.mktemp("site")
+    home = tmp_path_factory.mktemp("gallery")
     dictionaries = [
-        site.Dictionary("0", "first", "1", latents, {"L0": "16"}, {"steered": "Only one is steered."}),
-        site.Dictionary("1", "second", "2", [latent(0)]),
+        gallery.Dictionary("0", "first", "1", latents, {"L0": "16"}, {"steered": "Only one is steered."}),
+        gallery.Dictionary("1", "second", "2", [latent(0)]),
     ]
-    return site.write(home, EVIL[0], dictionaries, [document(EVIL[:2])], facts={"model": EVIL[1]})
+    return gallery.write(home, EVIL[0], dictionaries, [document(EVIL[:2])], facts={"model": EVIL[1]})
 
 
 def rows(page) -> list[int]:
@@ -218,7 +221,7 @@ def test_a_latent_is_painted_on_its_grids_and_keys_lead_on(made: Path, browse):
             assert said in text
         example = page.locator(".example svg.grid")
         assert example.count() == 5  # four grids of the document and what the model wrote
-        colours = json.loads(json.dumps(site.COLOURS))
+        colours = json.loads(json.dumps(gallery.COLOURS))
         first = document(EVIL[:2]).grids[0]
         painted = example.first.locator("path[fill]").evaluate_all(
             "all => all.map(path => [path.getAttribute('fill'), path.getAttribute('d')])"
@@ -278,9 +281,9 @@ CONTRAST = """() => {
 
 
 def test_many_latents_open_by_their_columns_alone(tmp_path: Path, browse, monkeypatch):
-    monkeypatch.setattr(site.files, "fsync_directory", lambda directory: None)  # of 256 files
+    monkeypatch.setattr(gallery.files, "fsync_directory", lambda directory: None)  # of 256 files
     many = (latent(index, 10.0 ** -(1 + index % 5), promoted=[(f" t{index}", 1.0)] * 3) for index in range(16_384))
-    page_of = site.write(tmp_path, "many", [site.Dictionary("0", "d", "", many)], [])
+    page_of = gallery.write(tmp_path, "many", [gallery.Dictionary("0", "d", "", many)], [])
     assert (tmp_path / "data" / "0" / "index.js").stat().st_size < 2_000_000
     asked: list[str] = []
     with browse(page_of, asked=asked) as page:
@@ -312,15 +315,15 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_what_is_missing_is_said(made: Path, tmp_path: Path, browse):
-    page_of = site.write(tmp_path, "t", [site.Dictionary("0", "d", "", [latent(0)])], [])
+    page_of = gallery.write(tmp_path, "t", [gallery.Dictionary("0", "d", "", [latent(0)])], [])
     with browse(f"{page_of.as_uri()}#/0/5") as page:
         page.wait_for_selector("#wrong:not([hidden])")
         assert "no latent 5" in page.inner_text("#wrong")
-    site_of = site.write(tmp_path / "cut", "t", [site.Dictionary("0", "d", "", [latent(0)])], [])
+    other = gallery.write(tmp_path / "cut", "t", [gallery.Dictionary("0", "d", "", [latent(0)])], [])
     (tmp_path / "cut" / "data" / "index.js").unlink()
 
     def opened_in_parts() -> None:
-        with browse(site_of) as page:
+        with browse(other) as page:
             page.wait_for_selector("#wrong:not([hidden])")
             assert "data/index.js could not be read" in page.inner_text("#wrong")
 

@@ -20,7 +20,7 @@ function load(name) {
       const script = element("script", { src: `data/${name}.js` });
       script.addEventListener("error", () => {
         waiting.delete(name);
-        failed(new Error(`data/${name}.js could not be read: the site was not written to its end, or was moved in parts`));
+        failed(new Error(`data/${name}.js could not be read: it was not written to its end, or was moved in parts`));
       });
       script.addEventListener("load", () => script.remove());
       document.head.append(script);
@@ -143,7 +143,7 @@ function densities() {
 async function open(key, latent) {
   const rows = await rowsOf(key);
   const row = rows.find((one) => one.latent === latent);
-  if (!row) throw new Error(`There is no latent ${latent} in ${key || "this site"}.`);
+  if (!row) throw new Error(`There is no latent ${latent} in ${key || "this gallery"}.`);
   const place = shown.indexOf(row);
   const way = (other, name, rel) => (other ? [element("a", { rel, href: `#/${other.dictionary.key}/${other.latent}` }, name)] : []);
   const links = [element("a", { href: "#/", rel: "up" }, "All latents"),
