@@ -251,7 +251,7 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     assert "steered" in dict(told["dictionaries"][0]["notes"])
     assert '"title":"right answer"' in (site / "data" / "documents" / "0000.js").read_text()
     page = (site / "data" / "0" / "0000.js").read_text()
-    for kind in ("turned", "recoloured", "reordered", "principal directions", chr(34) + 'steered":{'):
+    for kind in ("turned", "recoloured", "reordered", "principal directions", '"steered":{'):
         assert kind in page
     assert (tmp_path / "densities.svg").exists()
     assert (tmp_path / "breakdown.svg").exists()
