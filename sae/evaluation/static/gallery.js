@@ -4,7 +4,7 @@
 const ROWS = 100; // of the table at once
 const waiting = new Map();
 const at = (id) => document.getElementById(id);
-let site = null, shown = [], total = 0, page = 0, like = null;
+let site = null, shown = [], total = 0, page = 0, like = null, latest = 0;
 
 /** Every file of data is one call of this with its own name. */
 function receive(name, value) {
@@ -63,10 +63,13 @@ function filters() {
 }
 
 async function list() {
+  const turn = ++latest;
   at("wrong").hidden = true;
   try {
     const rows = await rowsOf(at("layer").value);
-    await similar(rows);
+    const near = await similar(rows);
+    if (turn !== latest) return; // something else was asked for meanwhile
+    like = near;
     shown = rows.filter(filters());
     const order = at("order").value, falls = !order.startsWith("-"), name = order.replace("-", "");
     const key = like ? (row) => like.cosines.get(row.latent) : (row) => row[name] ?? -2;
@@ -86,10 +89,9 @@ async function list() {
 async function similar(rows) {
   const asked = at("like").value;
   const row = asked === "" ? null : rows.find((one) => one.latent === Number(asked));
-  like = asked === "" ? null : { key: row?.dictionary.key, cosines: new Map() };
-  if (!row) return;
+  if (!row) return asked === "" ? null : { key: null, cosines: new Map() };
   const latent = await latentAt(row);
-  like.cosines = new Map([[latent.latent, 2], ...latent.near]);
+  return { key: row.dictionary.key, cosines: new Map([[latent.latent, 2], ...latent.near]) };
 }
 
 async function latentAt(row) {
