@@ -62,8 +62,8 @@ ORDER = {
             "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],
         "circuits": [
-            "nodes", "influence", "neuronpedia", "page", "graph", "replacement", "rows", "tracing", "intervening", "puzzles",
-            "feature_pages",
+            "nodes", "influence", "neuronpedia", "page", "graph", "room", "replacement", "rows", "tracing", "intervening",
+            "puzzles", "feature_pages",
         ],
     },
 }  # fmt: skip

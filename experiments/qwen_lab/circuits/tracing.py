@@ -16,7 +16,7 @@ from qwen_lab.circuits.graph import Graph
 from qwen_lab.circuits.influence import Edges
 from qwen_lab.circuits.nodes import Nodes
 from qwen_lab.circuits.replacement import Replacement, replace
-from qwen_lab.circuits.rows import direct_effects
+from qwen_lab.circuits.rows import batches, direct_effects
 from qwen_lab.errors import InputError
 
 
@@ -104,12 +104,8 @@ class Tracer:
         self._add(chosen, layer, position, self.replacement.reading(position, layer, jnp.asarray(rows)))
 
     def _add(self, number: np.ndarray, layer: np.ndarray, position: np.ndarray, vector: Array) -> None:
-        batch, order = (
-            self.options.batch,
-            np.argsort(layer, kind="stable"),
-        )  # of one batch all sweep as far as the deepest
-        for begin in range(0, len(number), batch):
-            at = order[begin : begin + batch]
+        batch = self.options.batch
+        for at in batches(layer, position, batch, self.replacement.seq):
             rows = direct_effects(self.replacement, layer[at], position[at], vector[at], batch)
             self.bias[number[at]] += rows[:, -1]
             self.size[number[at]] = np.abs(rows[:, :-1]).sum(axis=1, dtype=np.float64)
