@@ -173,17 +173,19 @@ def test_no_matrix_of_nodes_by_nodes_is_made():
         tracemalloc.stop()
 
 
-def test_what_is_kept_of_a_trace_grows_with_its_edges_alone():
-    """8 features of all that fire are traced: the arrays of the tracer are rows of edges, and vectors over sources."""
+def test_what_is_kept_of_a_trace_is_less_than_its_edges():
+    """8 features of all that fire are traced: the arrays of the tracer are rows of these, and vectors over sources."""
     model, some = transcoders("plain")
     r, options = circuits.replace(model, some, TOKENS), circuits.Options(batch=4, logits=3)
     tracer = Tracer(some, r, Logits.of(model, r, options), options)
     tracer.add_logits()
     tracer.add_features(np.arange(0, 24, 3))
-    count = sum(map(len, tracer.parts))
-    held = [array for edges in tracer.parts for array in vars(edges).values()]
-    assert sum(array.nbytes for array in held) == 12 * count
-    assert all(array.base is None or array.base.nbytes <= 12 * count for array in held), "no dense row is kept alive"
+    blocks = [block for known in tracer.levels.values() for block in known]
+    edges = sum(map(len, tracer.parts))
+    assert edges > 100
+    assert all(block.weight.any(axis=0).all() for block in blocks), "sources that no target has are not kept"
+    assert all(array.base is None for block in blocks for array in vars(block).values()), "no dense row is kept alive"
+    assert sum(array.nbytes for block in blocks for array in vars(block).values()) < 12 * edges
     others = [value for value in vars(tracer).values() if isinstance(value, np.ndarray)]
     assert all(value.shape == (r.constant + 3,) for value in others)
 

@@ -1,6 +1,7 @@
 """The local replacement model: what transcoders and their errors write in place of every MLP, over one sequence."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -206,7 +207,7 @@ class _Table:
         self.blocks = -(-counts // self.width)  # of each position
         layers, most = len(counts), int(self.blocks.sum(axis=1).max())
         self.position = np.full((layers, most), counts.shape[1] - 1, np.int32)
-        self.rows = np.zeros((layers, most * self.width, d_model), np.float32)
+        self.rows = _aligned(layers, most * self.width, d_model)
         self.numbers = np.full((layers, most * self.width), -1, np.int64)
 
     def fill(self, layer: int, rows: np.ndarray, position: np.ndarray, number: np.ndarray) -> None:
@@ -218,7 +219,15 @@ class _Table:
 
     def packed(self, embed: Array) -> tuple[Sources, Int[np.ndarray, "layers rows"]]:
         rows = self.rows.reshape(*self.position.shape, self.width, -1)
-        return Sources(jnp.asarray(self.position), jnp.asarray(rows), jax.device_put(embed)), self.numbers
+        return Sources(jnp.asarray(self.position), jax.device_put(rows), jax.device_put(embed)), self.numbers
+
+
+def _aligned(*shape: int) -> Float[np.ndarray, "layers rows d_model"]:
+    """Zeros that begin where XLA wants them: on CPU it takes these as they are, and copies others."""
+    size = 4 * math.prod(shape)
+    room = np.zeros(size + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size].view(np.float32).reshape(shape)
 
 
 def _width(counts: Int[np.ndarray, "layers seq"]) -> int:

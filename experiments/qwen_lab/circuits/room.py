@@ -7,7 +7,7 @@ from qwen_eqx import QwenConfig
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """Bytes in float32; beside them stand the model's weights and 12 bytes an edge."""
+    """Bytes in float32; beside them stand the model's weights and 4 bytes for each source of each row."""
 
     frozen: int  # patterns, scales, and weights of attention
     sources: int  # what is written, of features, errors and tokens
