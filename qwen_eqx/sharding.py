@@ -36,7 +36,6 @@ FULLY_SHARDED: dict[str, str] = {**TENSOR, "d_model": "data"}  # for training: w
 AnyMesh = Mesh | AbstractMesh
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
-ROWS, SITES_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")
 _LOG = logging.getLogger("qwen_eqx")  # warnings reach stderr unless somebody listens
 
 
@@ -225,7 +224,7 @@ def rows_lacking(rows: int, mesh: Mesh | None, each: int = 1) -> int:
 
 def _rows_spec(rows: int, mesh: Mesh, axis: int = 0) -> PartitionSpec:
     """Rows over data; where it does not divide them every device has all."""
-    return PartitionSpec(*[None] * axis, "data") if rows % mesh.shape["data"] == 0 else PartitionSpec()
+    return rows_at(axis) if rows % mesh.shape["data"] == 0 else PartitionSpec()
 
 
 def place_rows(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -265,6 +264,14 @@ def keep_rows(tree: Tree, mesh: Mesh | None, *, axis: int = 0, split: int | None
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(kept, tree)
+
+
+def rows_at(axis: int) -> PartitionSpec:
+    """Of an array whose `axis` are rows, dealt to the devices."""
+    return PartitionSpec(*[None] * axis, "data")
+
+
+ROWS, SITES_ROWS = rows_at(0), rows_at(1)
 
 
 def deals(rows: int, mesh: Mesh | None) -> bool:

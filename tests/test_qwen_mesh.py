@@ -168,6 +168,21 @@ def test_a_device_makes_of_its_rows_bit_for_bit_what_one_alone_makes_of_them():
         np.testing.assert_array_equal(whole.activations[:, at : at + 2], alone.activations)
 
 
+@pytest.mark.parametrize("spec", [None, "data=2"])
+def test_a_buffer_in_the_order_of_a_tpu_holds_the_same(spec: str | None, monkeypatch: pytest.MonkeyPatch):
+    """There columns stand before rows; nobody sees it."""
+    how: dict[str, Any] = {"max_new_tokens": 4, "capture": qwen_eqx.Capture(layers=[0]), "stop_tokens": [5]}
+    found = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(sharding, "platform", lambda model, platform=platform: platform)
+        out = qwen_eqx.generate(model(spec), PROMPTS[:3], **how)
+        done = qwen_eqx.schedule(model(spec), PROMPTS[:3], slots=2, order="arrival", **how)
+        rows = [np.asarray(one.activations)[:, : one.length] for one in done if one.activations is not None]
+        found.append([out.activations, out.tokens, *rows])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_progress_is_that_of_the_rows_that_were_asked_for():
     heard: list[qwen_eqx.Progress] = []
     out = qwen_eqx.generate(model("data=4"), PROMPTS[:3], max_new_tokens=4, progress=heard.append)

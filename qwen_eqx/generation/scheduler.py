@@ -5,6 +5,7 @@ stands, whatever the other rows are doing, so that each step remains one slice u
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Literal, NamedTuple
@@ -220,7 +221,7 @@ class _Slots:
         held, place = sharding.of_holder(columns, slot, mesh)
         buffer = state.buffer
         if buffer is not None:
-            buffer, _ = sharding.of_holder(buffer, slot, mesh, axis=1)
+            buffer, _ = sharding.of_holder(buffer, slot, mesh, axis=buffer.rows_axis)
         return _harvest(held, buffer, np.int32(place))
 
 
@@ -275,15 +276,19 @@ def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
 
 
 def _specs(state: GenerationState) -> Any:
-    """Of all that has rows, rows over data; the buffer has sites before them."""
-    of_buffer = jax.tree.map(lambda _: sharding.SITES_ROWS, state.buffer)
-    return eqx.tree_at(lambda s: s.buffer, sharding.specs(state), of_buffer, is_leaf=lambda leaf: leaf is None)
+    """Of all that has rows, rows over data."""
+    specs, buffer = sharding.specs(state), state.buffer
+    if buffer is None:
+        return specs
+    return eqx.tree_at(lambda s: s.buffer.stored, specs, sharding.rows_at(buffer.rows_axis))
 
 
 def _seated(state: GenerationState, new: GenerationState, seats: _Seats) -> GenerationState:
     """Lays a prompt down in a row so that it ends at the write index, and its first token in the column just written."""
     slot, enters = seats.slot[0], seats.enters[0]
     back, column = state.cache.index - new.cache.index, state.column - new.column
+
+    buffer = state.buffer
 
     def put(rows: Array, part: Array, *, axis: int = 0, by: Int[Array, ""] = column, along: int | None = None) -> Array:
         part = part if along is None else jnp.roll(part, by, axis=along)
@@ -296,7 +301,8 @@ def _seated(state: GenerationState, new: GenerationState, seats: _Seats) -> Gene
         token=put(state.token, new.token),
         tokens=put(state.tokens, new.tokens, along=1),
         log_probs=put(state.log_probs, new.log_probs, along=1),
-        buffer=jax.tree.map(lambda rows, part: put(rows, part, axis=1, along=2), state.buffer, new.buffer),
+        buffer=buffer
+        and jax.tree.map(functools.partial(put, axis=buffer.rows_axis, along=buffer.columns_axis), buffer, new.buffer),
         seen=jax.tree.map(put, state.seen, new.seen),
         column=state.column,
         first=put(state.first, column[None]),
@@ -345,10 +351,9 @@ class _Columns(NamedTuple):
 @jax.jit
 def _harvest(columns: _Columns, buffer: ActivationBuffer | None, slot: Int[Array, ""]) -> _Row:
     back = -columns.first[slot]
-    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), buffer)
     return _Row(
         jnp.roll(columns.tokens[slot], back),
         jnp.roll(columns.log_probs[slot], back),
-        None if buffer is None else buffer.values,
+        None if buffer is None else buffer.row(slot, back),
         columns.length[slot],
     )
