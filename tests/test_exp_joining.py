@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -26,6 +27,7 @@ import train_sae
 from qwen_lab import InputError, RunConfig, flags, hosts, joining
 from qwen_lab import jobs as lab_jobs
 from qwen_lab.hosts import Hosts
+from qwen_lab.lm_runs import LMRun
 from qwen_lab.lm_settings import LMConfig
 from qwen_lab.runs import Run
 from running import ROOT, run
@@ -166,7 +168,8 @@ def test_models_and_dictionaries_of_a_running_model_train_so_too(tmp_path: Path)
     assert said["stopped.1"].count("stopped: what was finished is saved") == 2
     assert "error: process 0 of 2 lost another one (" in said["stopped.0"]
 
-    run(train_lm, flags.parse(LMConfig, None, [*LM.split(), "--steps", "4", "--out", str(tmp_path / "lm-alone")]))
+    alone = flags.parse(LMConfig, None, [*LM.split(), "--steps", "4", "--out", str(tmp_path / "lm-alone")])
+    run(train_lm, alone)
     found, expected = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("lm", "lm-alone")
@@ -175,6 +178,12 @@ def test_models_and_dictionaries_of_a_running_model_train_so_too(tmp_path: Path)
         numbers = ([line[name] for line in lines if name in line] for lines in (found, expected))
         np.testing.assert_allclose(*numbers, **SAME_F32)
     assert found[-1]["families"] == expected[-1]["families"]
+    runs = [LMRun(dataclasses.replace(alone, out=tmp_path / name)) for name in ("lm", "lm-alone")]
+    for each in runs:
+        each.open()  # one process goes on with what two saved
+    assert [each.step for each in runs] == [4, 4]
+    for one, other in zip(*(jax.tree.leaves(each.state.model) for each in runs), strict=True):
+        np.testing.assert_allclose(one, other, **SAME_F32)
     run(train_sae, flags.parse(RunConfig, None, [*LIVE.split(), "--out", str(tmp_path / "live-alone")]))
     found, expected = (
         load_file(tmp_path / name / "sae" / "sae_weights.safetensors") for name in ("live", "live-alone")

@@ -19,7 +19,7 @@ import scaling
 import strategies
 import tiny
 from qwen_eqx import Qwen, QwenConfig, sharding
-from qwen_eqx.generation import scheduler
+from qwen_eqx.generation import scheduler, seats
 from tolerances import SAME_F32
 
 CONFIG = QwenConfig("qwen2", 96, 16, 1, 4, 2, 6, 24, 64, rope_theta=10_000.0)
@@ -237,14 +237,15 @@ def test_decoding_takes_the_collectives_that_are_foretold_and_updates_its_state_
 def test_prompts_are_read_and_enter_their_slots_without_any_exchange():
     many, generator, state = slots("data=4")
     tokens, lengths = sharding.place_rows((jnp.ones((4, 8), jnp.int32), jnp.full(4, 8)), sharding.mesh_of(many))
-    read, admit = (getattr(scheduler, name) for name in ("_read", "_admit"))
+    read: Any = scheduler._read
+    admit: Any = seats.admit
     assert COLLECTIVE.findall(read.lower(many, generator, tokens, lengths).compile().compiled.as_text()) == []
     prompt = read(many, generator, tokens, lengths)
     assert {part.data.shape for part in prompt.cache.layers[0].keys.addressable_shards} == {(1, 2, 12, 6)}
-    seats = scheduler._Seats(*(jnp.zeros(4, kind) for kind in (jnp.int32, jnp.int32, bool)))
-    seats = sharding.place_rows(seats, sharding.mesh_of(many))
+    free = seats.Seats(*(jnp.zeros(4, kind) for kind in (jnp.int32, jnp.int32, bool)))
+    free = sharding.place_rows(free, sharding.mesh_of(many))
     keys = sharding.place_rows(state.keys[:4], sharding.mesh_of(many))
-    admission = scheduler._Admission(many, generator, prompt, keys, seats)
+    admission = seats.Admission(many, generator, prompt, keys, free)
     compiled = admit.lower(admission, state).compile().compiled
     assert COLLECTIVE.findall(compiled.as_text()) == []
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))

@@ -5,16 +5,15 @@ stands, whatever the other rows are doing, so that each step remains one slice u
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from qwen_eqx import sharding, shown
 from qwen_eqx.errors import InputError, positive
@@ -23,6 +22,7 @@ from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.options import Options, by_keyword
 from qwen_eqx.generation.prompts import prompt_rows, prompt_width
 from qwen_eqx.generation.sample import needs_seen, row_keys
+from qwen_eqx.generation.seats import Admission, Seats, admit
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.edits import resolve_edits
 from qwen_eqx.model.qwen import Qwen
@@ -171,9 +171,9 @@ class _Slots:
             self.read = items, self._read([row.prompt for row in rows])
         prompt = self.read[1]
         keys = row_keys(self.options.key, np.asarray([r.keyed for r in rows]), np.asarray([r.sample for r in rows]))
-        seats = _Seats(slots, np.asarray([row.limit for row in rows], np.int32), enters)
+        seats = Seats(slots, np.asarray([row.limit for row in rows], np.int32), enters)
         seats = sharding.place_rows(jax.tree.map(jnp.asarray, seats), self.mesh)
-        self.state = _admit(_Admission(self.model, self.generator, prompt, keys, seats), self.state)
+        self.state = admit(Admission(self.model, self.generator, prompt, keys, seats), self.state)
         for slot, arrival in entering.items():
             self.taken[slot] = arrival, prompt.activations
 
@@ -242,76 +242,6 @@ def _read(
     model: Qwen, generator: Generator, tokens: Int[Array, "groups prompt"], lengths: Int[Array, " groups"]
 ) -> PromptState:
     return generator.read(model, tokens, lengths)
-
-
-class _Seats(NamedTuple):
-    """For each group of devices the slot among its own that a sequence enters, and its limit."""
-
-    slot: Int32[np.ndarray | Array, " groups"]
-    limit: Int32[np.ndarray | Array, " groups"]
-    enters: Bool[np.ndarray | Array, " groups"]  # False: none of this group's is free
-
-
-class _Admission(NamedTuple):
-    """Prompts that were read, one by each group of devices, and the slots that their next samples get."""
-
-    model: Qwen
-    generator: Generator
-    prompt: PromptState
-    keys: Key[Array, " groups"]
-    seats: _Seats
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
-    """Each group's sequence in a slot of its own devices: none of it crosses to others."""
-    model, generator, prompt, keys, seats = admission
-    new, mesh = generator.begin(model, prompt, keys), generator.settings.mesh
-    ends = new.done | (new.length >= seats.limit)
-    new = eqx.tree_at(lambda s: (s.limit, s.done), new, (seats.limit, ends))
-    if not sharding.deals(len(seats.slot), mesh):
-        return generator.dealt(_seated(state, new, seats))
-    given = {"state": (state, _specs(state)), "new": (new, _specs(new)), "seats": (seats, sharding.specs(seats))}
-    return generator.dealt(sharding.by_rows(_seated, mesh, given, _specs(state)))
-
-
-def _specs(state: GenerationState) -> Any:
-    """Of all that has rows, rows over data."""
-    specs, buffer = sharding.specs(state), state.buffer
-    if buffer is None:
-        return specs
-    return eqx.tree_at(lambda s: s.buffer.stored, specs, sharding.rows_at(buffer.rows_axis))
-
-
-def _seated(state: GenerationState, new: GenerationState, seats: _Seats) -> GenerationState:
-    """Lays a prompt down in a row so that it ends at the write index, and its first token in the column just written."""
-    slot, enters = seats.slot[0], seats.enters[0]
-    back, column = state.cache.index - new.cache.index, state.column - new.column
-
-    buffer = state.buffer
-
-    def put(rows: Array, part: Array, *, axis: int = 0, by: Int[Array, ""] = column, along: int | None = None) -> Array:
-        part = part if along is None else jnp.roll(part, by, axis=along)
-        old = jax.lax.dynamic_slice_in_dim(rows, slot, 1, axis=axis)
-        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.where(enters, part, old), slot, axis=axis)
-
-    layers = jax.tree.map(lambda rows, part: put(rows, part, by=back, along=2), state.cache.layers, new.cache.layers)
-    return GenerationState(
-        cache=KVCache(layers, state.cache.index, put(state.cache.length, new.cache.length)),
-        token=put(state.token, new.token),
-        tokens=put(state.tokens, new.tokens, along=1),
-        log_probs=put(state.log_probs, new.log_probs, along=1),
-        buffer=buffer
-        and jax.tree.map(functools.partial(put, axis=buffer.rows_axis, along=buffer.columns_axis), buffer, new.buffer),
-        seen=jax.tree.map(put, state.seen, new.seen),
-        column=state.column,
-        first=put(state.first, column[None]),
-        length=put(state.length, new.length),
-        limit=put(state.limit, new.limit),
-        done=put(state.done, new.done),
-        prompt_length=put(state.prompt_length, new.prompt_length),
-        keys=put(state.keys, new.keys),
-    )
 
 
 class _Program(NamedTuple):
