@@ -1,7 +1,7 @@
 """Runs train_lm.py and train_sae.py in two processes: `python host_train.py WHERE LM LIVE` prints their exits as JSON.
 
-WHERE/lm is trained to its end, and so is WHERE/live, a dictionary whose rows a model makes on the devices of both.
-WHERE/stopped is ended by SIGTERM to one process, gone on with and ended by Ctrl-C in the other, and again by a kill.
+WHERE/lm is ended by SIGTERM to one process, gone on with and ended by Ctrl-C in the other, then by a kill, and then
+trained to its end. So is WHERE/live at once, a dictionary whose rows a model makes on the devices of both.
 """
 
 import json
@@ -19,7 +19,6 @@ import train_sae
 from sae.training import checkpoint
 
 where, lm_flags, live_flags = Path(sys.argv[1]), *(words.split() for words in sys.argv[2:])
-MESH = ("--mesh", "data=2,model=2")
 SECONDS = 400  # until a process is ended that ought to have ended
 
 
@@ -31,7 +30,7 @@ def free_port() -> int:
 
 def run(script: str, name: str, flags: list[str], then: Callable[[list[int]], None] = lambda both: None) -> list[int]:
     """What two processes exit with; what they say is in WHERE/NAME.0 and WHERE/NAME.1."""
-    common = [*flags, *MESH, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+    common = [*flags, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     both = [start(script, name, number, [*common, "--process-id", str(number)]) for number in range(2)]
     try:
         then(both)
@@ -61,7 +60,7 @@ def start(script: str, name: str, number: int, flags: list[str]) -> int:
 
 def once_a_step_is_saved(number: int, sent: int) -> Callable[[list[int]], None]:
     """Sends a signal to one of both when they have saved another step than those that stand."""
-    saved = where / "stopped" / "checkpoints"
+    saved = where / "lm" / "checkpoints"
     before, end = checkpoint.steps(saved)[-1:], time.monotonic() + SECONDS
 
     def wait(both: list[int]) -> None:
@@ -72,9 +71,9 @@ def once_a_step_is_saved(number: int, sent: int) -> Callable[[list[int]], None]:
     return wait
 
 
-lm, live = str(train_lm.__file__), str(train_sae.__file__)
-ends = {"lm": run(lm, "lm", [*lm_flags, "--steps", "4"]), "live": run(live, "live", live_flags)}
+lm, ends = str(train_lm.__file__), {}
 for sent, number in ((signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGKILL, 1)):
-    ends[sent.name] = run(lm, "stopped", [*lm_flags, "--steps", "1000000"], once_a_step_is_saved(number, sent))
-    ends[f"after {sent.name}"] = checkpoint.steps(where / "stopped" / "checkpoints")
+    ends[sent.name] = run(lm, "lm", lm_flags, once_a_step_is_saved(number, sent))
+    ends[f"after {sent.name}"] = checkpoint.steps(where / "lm" / "checkpoints")
+ends |= {"lm": run(lm, "lm", lm_flags), "live": run(str(train_sae.__file__), "live", live_flags)}
 print(json.dumps(ends))

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import qwen_eqx
 import trace_circuit
-from circuits_small import TOKENS, transcoders, whole
+from circuits_small import EVERYTHING, TOKENS, tokenizer, transcoders, whole
 from qwen_lab import circuits
 from qwen_lab.circuits import neuronpedia
 from qwen_lab.circuits.graph import Graph
@@ -38,6 +39,16 @@ def test_with_all_else_frozen_logits_change_by_the_sum_of_edges():
         found = change[nodes.index[logit]] - change.mean()
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert np.abs(outcome.free - outcome.plain).max() > 0.01
+
+
+def test_a_graph_does_not_depend_on_the_mesh():
+    (model, some), expected = transcoders("cross"), whole("cross")
+    many = qwen_eqx.shard(model, qwen_eqx.make_mesh("data=1,model=2"))
+    found = circuits.trace(many, tokenizer(), some, TOKENS, EVERYTHING)
+    assert found.nodes.ids == expected.nodes.ids
+    order, other = (np.lexsort((edges.source, edges.target)) for edges in (found.edges, expected.edges))
+    np.testing.assert_array_equal(found.edges.source[order], expected.edges.source[other])
+    np.testing.assert_allclose(found.edges.weight[order], expected.edges.weight[other], **LOGITS_F32)
 
 
 def test_a_feature_held_at_its_own_value_changes_nothing_and_the_last_layers_go_straight_to_the_norm():

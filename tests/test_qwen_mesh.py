@@ -129,14 +129,22 @@ def test_batches_of_any_size(data: st.DataObject, spec: str, rows: int):
     same([found.tokens, found.log_probs], [expected.tokens[:rows], expected.log_probs[:rows]])
 
 
+# seven slots, of which eight are made on four groups of devices
+SEVEN: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "max_prompt_tokens": 5,
+    "stop_tokens": [5],
+    "slots": 7,
+    "order": "arrival",
+}
+
+
 @settings(max_examples=5)
 @given(st.lists(st.lists(st.integers(1, 95), min_size=1, max_size=5), min_size=1, max_size=9), st.sampled_from([1, 2]))
 def test_a_schedule_of_any_length(prompts: list[list[int]], samples: int):
     """Neither prompts nor slots need be a multiple of the axis; each group of devices reads the prompts of its slots."""
-    how: dict[str, Any] = {"max_new_tokens": 4, "max_prompt_tokens": 5, "stop_tokens": [5], "samples": samples}
-    how |= {"sampler": qwen_eqx.Temperature(1.0), "order": "arrival"}
-    found = list(qwen_eqx.schedule(model("data=4"), prompts, slots=7, **how))
-    expected = list(qwen_eqx.schedule(model(), prompts, slots=2, **how))
+    found = list(qwen_eqx.schedule(model("data=4"), prompts, samples=samples, **SEVEN))
+    expected = list(qwen_eqx.schedule(model(), prompts, samples=samples, **SEVEN))
     for one, other in zip(found, expected, strict=True):
         same([*one[:4], *one[4:6]], [*other[:4], *other[4:6]])
 
@@ -149,11 +157,10 @@ def test_each_group_of_devices_reads_the_prompts_of_its_own_slots(monkeypatch: p
         return read(model, generator, tokens, lengths)
 
     monkeypatch.setattr(scheduler, "_read", counted)
-    how: dict[str, Any] = {"max_new_tokens": 4, "max_prompt_tokens": 5, "order": "arrival"}
-    assert len(list(qwen_eqx.schedule(model("data=4"), PROMPTS, slots=8, **how))) == 6
+    assert len(list(qwen_eqx.schedule(model("data=4"), PROMPTS, **SEVEN))) == 6
     assert calls == [(3, 2, 1, 4), (2, 1, 1, 1)]  # two groups have no prompt of their own left, and read the last along
     calls.clear()
-    assert len(list(qwen_eqx.schedule(model("data=4"), PROMPTS[:3], slots=8, samples=4, **how))) == 12
+    assert len(list(qwen_eqx.schedule(model("data=4"), PROMPTS[:3], samples=4, **SEVEN))) == 12
     assert calls == [(3,) * 4, (2,) * 4, (1,) * 4]  # samples share what was read
 
 
@@ -168,15 +175,14 @@ def test_a_device_makes_of_its_rows_bit_for_bit_what_one_alone_makes_of_them():
         np.testing.assert_array_equal(whole.activations[:, at : at + 2], alone.activations)
 
 
-@pytest.mark.parametrize("spec", [None, "data=2"])
-def test_a_buffer_in_the_order_of_a_tpu_holds_the_same(spec: str | None, monkeypatch: pytest.MonkeyPatch):
+def test_a_buffer_in_the_order_of_a_tpu_holds_the_same(monkeypatch: pytest.MonkeyPatch):
     """There columns stand before rows; nobody sees it."""
     how: dict[str, Any] = {"max_new_tokens": 4, "capture": qwen_eqx.Capture(layers=[0]), "stop_tokens": [5]}
     found = []
     for platform in ("cpu", "tpu"):
         monkeypatch.setattr(sharding, "platform", lambda model, platform=platform: platform)
-        out = qwen_eqx.generate(model(spec), PROMPTS[:3], **how)
-        done = qwen_eqx.schedule(model(spec), PROMPTS[:3], slots=2, order="arrival", **how)
+        out = qwen_eqx.generate(model("data=2"), PROMPTS[:3], **how)
+        done = qwen_eqx.schedule(model("data=2"), PROMPTS[:3], slots=2, order="arrival", **how)
         rows = [np.asarray(one.activations)[:, : one.length] for one in done if one.activations is not None]
         found.append([out.activations, out.tokens, *rows])
     for one, other in zip(*found, strict=True):
