@@ -21,8 +21,8 @@ ORDER = {
         ],
         "reading": ["labelled", "lens", "attribution", "gradients", "patching", "paths"],
         "generation": [
-            "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "scheduler", "score",
-            "search",
+            "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "seats", "scheduler",
+            "score", "search",
         ],
         "weights": ["hub", "hf"],
         "training": ["products", "loss", "lora", "sharding", "step", "loop"],
