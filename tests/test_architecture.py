@@ -49,7 +49,7 @@ ORDER = {
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
             "circuit_tracer", "sets",
         ],
-        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "report"],
+        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "neighbours", "gallery"],
     },
     "qwen_lab": {
         "": [
@@ -58,8 +58,9 @@ ORDER = {
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
             "evaluation", "figures", "heat",
-            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
-            "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
+            "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
+            "exactness", "features", "answers", "invariance", "lens", "pages",
+            "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],
         "circuits": [
             "nodes", "influence", "neuronpedia", "page", "graph", "room", "replacement", "rows", "tracing", "intervening",

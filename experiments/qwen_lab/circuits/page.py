@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from qwen_lab.circuits.nodes import Features
-from sae.evaluation.report import COLOURS
+from sae.evaluation.gallery import COLOURS
 
 
 class Grid(TypedDict):
