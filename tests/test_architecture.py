@@ -29,7 +29,7 @@ ORDER = {
     },
     "arc": {
         "": [
-            "errors", "files", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
+            "errors", "files", "drawing", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
             "vote", "submission", "score", "family", "cells", "properties", "families_whole", "families_objects",
             "families_cells", "generators", "data", "canvas", "render",
         ],
@@ -58,8 +58,8 @@ ORDER = {
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
             "evaluation", "figures", "heat",
-            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
-            "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
+            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons", "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams",
+            "stages", "pipeline_report",
         ],
         "circuits": [
             "nodes", "influence", "neuronpedia", "page", "graph", "replacement", "rows", "tracing", "intervening", "puzzles",
