@@ -58,7 +58,8 @@ ORDER = {
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
             "evaluation", "figures", "heat",
-            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "sheets", "solve_report", "lessons", "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams",
+            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "sheets", "solve_report",
+            "timelines", "watching", "lessons", "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams",
             "stages", "pipeline_report",
         ],
         "circuits": [

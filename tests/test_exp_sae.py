@@ -230,7 +230,8 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
 
 
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_prompt=512, out=tmp_path))
+    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_prompt=512, timelines=1, out=tmp_path)
+    said = run(evaluate_sae, config)
     assert "the largest change of a logit is 0" in said
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert found["identity"] == 0.0
@@ -247,10 +248,17 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     assert "<script" not in page
     assert (tmp_path / "densities.svg").exists()
     assert (tmp_path / "breakdown.svg").exists()
+    assert f"answers being computed: {tmp_path / 'features' / 'tasks' / 'index.html'}" in said
+    (answer,) = [path for path in (tmp_path / "features" / "tasks").iterdir() if path.name != "index.html"]
+    told = json.loads(answer.read_text().partition('id="data">')[2].partition("</script>")[0])
+    assert all(len(step["top"]) <= 4 for step in told["steps"])  # what fires at all, of a dictionary with k=4
+    assert all(0 <= step["p"] <= 1 for step in told["steps"])
 
 
 def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
-    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=1, limit=1, max_prompt=512, out=tmp_path / "same")
+    config = evaluate_sae.Config(
+        sae=(str(trained / "sae"),), latents=1, limit=1, max_prompt=512, timelines=0, out=tmp_path / "same"
+    )
     assert "other text" not in run(evaluate_sae, config)
     same = json.loads((tmp_path / "same" / "metrics.json").read_text())["sae"]
     assert same["text"]["differs"] == []
@@ -315,7 +323,7 @@ def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_
     sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-random", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
     config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
-    run(evaluate_sae, dataclasses.replace(config, max_prompt=512, out=tmp_path / "out"))
+    run(evaluate_sae, dataclasses.replace(config, max_prompt=512, timelines=0, out=tmp_path / "out"))
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
     picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
     assert len(picture) < 60_000

@@ -109,7 +109,8 @@ def test_a_transcoder_is_saved_as_one_and_evaluated_where_it_writes(transcoder: 
     assert config["architecture"] == "topk_transcoder"
     assert not module.apply_b_dec_to_input
     assert (metadata["hook_name"], metadata["hook_name_out"]) == tuple(TRANSCODER.values())
-    evaluation = evaluate_sae.Config(sae=(str(transcoder / "sae"),), latents=3, max_prompt=512, out=tmp_path)
+    sae_and_sizes = {"sae": (str(transcoder / "sae"),), "latents": 3, "max_prompt": 512, "timelines": 0}
+    evaluation = evaluate_sae.Config(**sae_and_sizes, out=tmp_path)
     assert "the largest change of a logit is 0" in run(evaluate_sae, evaluation)
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     trained = json.loads((transcoder / "metrics.json").read_text())["sae"]

@@ -35,7 +35,8 @@ def test_one_across_layers_is_trained_from_a_store_and_measured_layer_by_layer(t
     assert (found.n_layers, found.crosses, found.d_sae) == (CONFIG.layers, True, 64 // CONFIG.layers)
     assert (found.input_site, found.output_site) == ("hook_resid_mid", "hook_mlp_out")
     out = tmp_path / "evaluated"
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(tmp_path / "run" / "sae"),), latents=2, out=out, limit=1))
+    config = evaluate_sae.Config(sae=(str(tmp_path / "run" / "sae"),), latents=2, out=out, limit=1, timelines=0)
+    said = run(evaluate_sae, config)
     assert "the largest change of a logit is 0" in said
     assert "in place of all MLPs (sae): " in said
     assert np.isfinite(json.loads((out / "replacement.json").read_text())["sae"]["kl_recovered"])
