@@ -22,6 +22,7 @@ from qwen_lab import (
     bounds,
     cli,
     corpus,
+    dashboards,
     evaluation,
     figures,
     files,
@@ -64,6 +65,8 @@ class Config(loading.OnModel):
     """Documents shown for each."""
     timelines: Whole = 3
     """Answers that get a page which shows them being computed; of the first tasks. 0: none."""
+    neuronpedia: bool = False
+    """Also write every latent that fires as SAEDashboard's JSON, which Neuronpedia imports, into OUT/neuronpedia."""
     out: Path = Path("runs/evaluate_sae")
     """Directory of what is written. Table, pictures and reports."""
 
@@ -123,6 +126,10 @@ def measure(
         results[one.name] = {**said, "rows_of": read.rows_of(scores["rows"]), **scores}
     files.write_json(config.out / "metrics.json", results)
     watch(config, model, tokenizer, dictionaries, read)
+    for one in dictionaries if config.neuronpedia else ():
+        where = config.out / "neuronpedia" / one.name if len(dictionaries) > 1 else config.out / "neuronpedia"
+        written = dashboards.write(where, one, data, config.examples)
+        cli.console.print(f"for Neuronpedia: {len(written)} files in {where}", markup=False)
     replace(config, data, dictionaries)
     report(config, data, results)
 

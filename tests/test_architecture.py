@@ -57,7 +57,7 @@ ORDER = {
             "hosts", "joining", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus",
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
-            "evaluation", "figures", "heat",
+            "evaluation", "dashboards", "figures", "heat",
             "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "sheets", "solve_report",
             "timelines", "watching", "lessons", "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams",
             "stages", "pipeline_report",
