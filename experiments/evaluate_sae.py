@@ -152,6 +152,7 @@ def watch(
             title=f"Answers, and what {one.name} sees in them",
             facts={"model": read.text.model or "", "site": str(one.place), "SAE": one.name},
             links={"all latents": f"{up}../index.html", **(others if len(others) > 1 else {})},
+            names=watching.named(model, tokenizer, one, watched),
             latent_page=f"{up}../index.html#/{number}/{{latent}}",
         )
     cli.console.print(f"answers being computed: {tasks / 'index.html'}", markup=False)

@@ -95,8 +95,8 @@ def test_an_example_lies_in_its_interval(lines: list[list[float]]):
 
 def test_logits_are_left_out_where_the_width_is_not_the_streams():
     model, (_, tokenizer) = tiny.model(), qwen_eqx.from_pretrained("tiny-random")
-    assert dashboards._effects(model, np.ones((2, model.config.d_model + 1), np.float32)) is None
+    assert dashboards.effects(model, np.ones((2, model.config.d_model + 1), np.float32)) is None
     assert set(map(len, dashboards._logits(None, tokenizer).values())) == {0}
-    effects = dashboards._effects(model, np.zeros((1, model.config.d_model), np.float32))
+    effects = dashboards.effects(model, np.zeros((1, model.config.d_model), np.float32))
     assert effects is not None
     assert effects.shape == (1, model.config.vocab)

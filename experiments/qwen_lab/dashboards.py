@@ -39,7 +39,7 @@ def write(directory: Path, dictionary: Dictionary, data: Data, examples: int = 4
         chosen = fired[start : start + PER_FILE]
         *_, rows = dictionary.by_site(module.decoder[jnp.asarray(chosen, jnp.int32)]).values()
         decoder = np.asarray(rows, np.float32)
-        effects = _effects(data.model, decoder)
+        raised = effects(data.model, decoder)
         common = {
             "n_prompts_total": len(codes),
             "n_tokens_in_prompt": max(map(len, pieces), default=0),
@@ -47,7 +47,7 @@ def write(directory: Path, dictionary: Dictionary, data: Data, examples: int = 4
         }
         features = [
             feature(latent, [code[:, [latent]].toarray()[:, 0] for code in codes], pieces, decoder[at], examples)
-            | _logits(None if effects is None else effects[at], data.tokenizer)
+            | _logits(None if raised is None else raised[at], data.tokenizer)
             | common
             for at, latent in enumerate(chosen.tolist())
         ]
@@ -139,7 +139,7 @@ def _window(
     }
 
 
-def _effects(
+def effects(
     model: qwen_eqx.Qwen, decoder: Float[np.ndarray, "chosen d_out"]
 ) -> Float[np.ndarray, "chosen vocab"] | None:
     """What each direction adds to the logits through the final norm's gain; None where it is not the stream's width."""

@@ -144,7 +144,9 @@ def _index(
             f'<td class="{"good" if each.outcome == "correct" else "bad"}">{plain(each.outcome)}</td>'
             f'<td class="n">{len(each.pieces)}</td><td class="n">{len(_table(each))}</td></tr>'
         )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("answer", "outcome", "tokens", "latents that fired"))
+    heads = "".join(
+        f'<th scope="col">{name}</th>' for name in ("answer", "outcome", "tokens", "latents among the strongest")
+    )
     table = f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     said = sheets.facts({name: plain(value) for name, value in facts.items()})
     others = " · ".join(f'<a href="{plain(address)}">{plain(name)}</a>' for name, address in links.items())

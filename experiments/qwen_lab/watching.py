@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import completions, puzzles, timelines
+from qwen_lab import completions, dashboards, puzzles, timelines
 from qwen_lab.places import Dictionary
 from qwen_lab.prompts import Item
 from qwen_lab.timelines import Timeline
+
+RAISED = 3  # tokens that a latent is named by
 
 
 def watch(
@@ -33,6 +36,20 @@ def watch(
             codes = sae.encoded(one.module, one.read(acts))[len(item.tokens) - 1 :]
             kept.append(_timeline(item, sample, written, probabilities, codes, tokenizer))
     return watched
+
+
+def named(
+    model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, dictionary: Dictionary, watched: Sequence[Timeline]
+) -> dict[int, str]:
+    """The tokens that each latent of these timelines raises most, where it writes the residual stream's width."""
+    latents = np.unique(np.concatenate([each.latents[each.values > 0] for each in watched] or [np.zeros(0, int)]))
+    *_, rows = dictionary.by_site(dictionary.module.decoder[jnp.asarray(latents, jnp.int32)]).values()
+    raised = dashboards.effects(model, np.asarray(rows, np.float32))
+    if raised is None:
+        return {}
+    best = np.argsort(-raised, axis=1, kind="stable")[:, :RAISED]
+    told = (", ".join(repr(tokenizer.decode([token])) for token in row) for row in best.tolist())
+    return {latent: f"raises {text}" for latent, text in zip(latents.tolist(), told, strict=True)}
 
 
 def _room(item: Item, tokenizer: qwen_eqx.Tokenizer) -> int:
