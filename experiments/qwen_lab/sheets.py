@@ -32,7 +32,6 @@ summary{cursor:pointer;color:var(--up)}
 input,select,button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--soft);border-radius:6px;
 padding:3px 8px}
 button{cursor:pointer}
-.unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 """
 
 SAVING = """
