@@ -22,6 +22,7 @@ from qwen_lab import (
     bounds,
     cli,
     corpus,
+    dashboards,
     evaluation,
     figures,
     files,
@@ -29,9 +30,12 @@ from qwen_lab import (
     loading,
     locks,
     pages,
+    prompts,
     provenance,
     splicing,
     texts,
+    timelines,
+    watching,
     wording,
 )
 from qwen_lab.bounds import Count, CountOrNone, Times, Whole
@@ -39,6 +43,7 @@ from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError
 from qwen_lab.evaluation import Data
 from qwen_lab.places import Dictionary
+from qwen_lab.prompts import Item
 from qwen_lab.texts import Text
 
 
@@ -62,6 +67,10 @@ class Config(loading.OnModel):
     """Latents, spread over all densities, whose direction is added while the model answers one of these again; 0: none."""
     augmented: Whole = 8
     """Documents whose tasks are read turned, recoloured and reordered, to see what stays of each latent; 0: none."""
+    timelines: Whole = 3
+    """Answers that get a page which shows them being computed; of the first tasks. 0: none."""
+    neuronpedia: bool = False
+    """Also write every latent that fires as SAEDashboard's JSON, which Neuronpedia imports, into OUT/neuronpedia."""
     out: Path = Path("runs/evaluate_sae")
     """Directory of what is written. Table, pictures and the gallery of all latents."""
 
@@ -90,6 +99,7 @@ class Corpus:
 
     text: Text
     documents: list[Document]
+    items: list[Item]  # what the model is watched answering
     tasks_asked: int
     tasks_read: int
 
@@ -120,11 +130,40 @@ def measure(
         said = {"source": given[one.name], "text": texts.compared(read.text, Text.of_metadata(one.metadata))}
         results[one.name] = {**said, "rows_of": read.rows_of(scores["rows"]), **scores}
     files.write_json(config.out / "metrics.json", results)
+    watch(config, model, tokenizer, dictionaries, read)
+    for one in dictionaries if config.neuronpedia else ():
+        where = config.out / "neuronpedia" / one.name if len(dictionaries) > 1 else config.out / "neuronpedia"
+        written = dashboards.write(where, one, data, config.examples)
+        cli.console.print(f"for Neuronpedia: {len(written)} files in {where}", markup=False)
     replace(config, data, dictionaries)
     detail = pages.Detail(config.examples, config.answered, config.steered, config.augmented)
     cli.console.print("what each latent fires on: painting", markup=False)
     page = pages.write_gallery(config.out / "features", dictionaries, data, detail=detail, scores=results)
     report(config, data, results, page)
+
+
+def watch(
+    config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, dictionaries: list[Dictionary], read: Corpus
+) -> None:
+    """A page for each answer of the first tasks, with what the latents did while the model wrote it."""
+    if not read.items:
+        return
+    tasks = config.out / "features" / "tasks"
+    for number, watched in enumerate(watching.watch(model, tokenizer, dictionaries, read.items)):
+        one, up = dictionaries[number], "../" if number else ""
+        others = {
+            each.name: f"{up}{at}/index.html" if at else f"{up}index.html" for at, each in enumerate(dictionaries)
+        }
+        timelines.write(
+            tasks / str(number) if number else tasks,
+            watched,
+            title=f"Answers, and what {one.name} sees in them",
+            facts={"model": read.text.model or "", "site": str(one.place), "SAE": one.name},
+            links={"all latents": f"{up}../index.html", **(others if len(others) > 1 else {})},
+            names=watching.named(model, tokenizer, one, watched),
+            latent_page=f"{up}../index.html#/{number}/{{latent}}",
+        )
+    cli.console.print(f"answers being computed: {tasks / 'index.html'}", markup=False)
 
 
 def replace(config: Config, data: Data, dictionaries: Sequence[Dictionary]) -> None:
@@ -196,7 +235,12 @@ def read_documents(
     read = len({document.task for document in documents})
     if left := len(tasks) - read:
         cli.console.print(f"{left} of {len(tasks)} tasks left out: longer than {longest} tokens (--max-prompt)")
-    return Corpus(text, documents, len(tasks), read)
+    items = []
+    if config.timelines:
+        asking = prompts.asking(tokenizer, budget=longest, encoder=config.encoder, format=config.prompt)
+        chosen = {document.task for document in documents[: config.timelines]}
+        items = prompts.items([task for task in tasks if task.id in chosen], tokenizer, asking, too_long="skip")
+    return Corpus(text, documents, items[: config.timelines], len(tasks), read)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,11 @@ def run(script: Any, config: Any) -> str:
     return said.getvalue()
 
 
-BRIEF = {"answered": 0, "augmented": 0}  # of evaluate_sae's pages: what it does not generate and read again
+BRIEF = {
+    "answered": 0,
+    "augmented": 0,
+    "timelines": 0,
+}  # of evaluate_sae's pages: what it does not generate and read again
 
 
 def small(out: Path, **fields: Any) -> RunConfig:

@@ -232,7 +232,9 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     said = run(
         evaluate_sae,
-        evaluate_sae.Config(sae=(str(trained / "sae"),), steered=2, augmented=1, max_prompt=512, out=tmp_path),
+        evaluate_sae.Config(
+            sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=1, max_prompt=512, out=tmp_path
+        ),
     )
     assert "the largest change of a logit is 0" in said
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
@@ -255,6 +257,11 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
         assert kind in page
     assert (tmp_path / "densities.svg").exists()
     assert (tmp_path / "breakdown.svg").exists()
+    assert f"answers being computed: {tmp_path / 'features' / 'tasks' / 'index.html'}" in said
+    (answer,) = [path for path in (tmp_path / "features" / "tasks").iterdir() if path.name != "index.html"]
+    told = json.loads(answer.read_text().partition('id="data">')[2].partition("</script>")[0])
+    assert all(len(step["top"]) <= 4 for step in told["steps"])  # what fires at all, of a dictionary with k=4
+    assert all(0 <= step["p"] <= 1 for step in told["steps"])
 
 
 def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
