@@ -59,16 +59,20 @@ class Config(loading.OnModel):
     """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds. Answers count too."""
     sink_times: Times = 10.0
     """Leave out positions whose norm exceeds this many medians (attention sinks); 0 keeps all. Of reconstruction alone."""
-    latents: Count = 40
-    """Latents in the report, spread over all densities."""
     examples: Count = 4
-    """Documents shown for each."""
+    """Documents shown of each latent, those where it is strongest; three from the rest of its range come with them."""
+    answered: Whole = 20
+    """Documents that the model answers, from the first; 0: none, and nothing is steered."""
+    steered: Whole = 24
+    """Latents, spread over all densities, whose direction is added while the model answers one of these again; 0: none."""
+    augmented: Whole = 8
+    """Documents whose tasks are read turned, recoloured and reordered, to see what stays of each latent; 0: none."""
     timelines: Whole = 3
     """Answers that get a page which shows them being computed; of the first tasks. 0: none."""
     neuronpedia: bool = False
     """Also write every latent that fires as SAEDashboard's JSON, which Neuronpedia imports, into OUT/neuronpedia."""
     out: Path = Path("runs/evaluate_sae")
-    """Directory of what is written. Table, pictures and reports."""
+    """Directory of what is written. Table, pictures and the gallery of all latents."""
 
 
 def check(config: Config) -> None:
@@ -114,7 +118,8 @@ def measure(
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
-    files.expect_files(config.out, "run.json", "metrics.json", "replacement.json", "report.html")
+    files.fresh_directory(config.out / "features")
+    files.expect_files(config.out, "run.json", "metrics.json", "replacement.json")
     provenance.record_run(config.out, config)
     reading = cli.progress(read.documents, len(read.documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], read.text.model or "")
@@ -131,7 +136,10 @@ def measure(
         written = dashboards.write(where, one, data, config.examples)
         cli.console.print(f"for Neuronpedia: {len(written)} files in {where}", markup=False)
     replace(config, data, dictionaries)
-    report(config, data, results)
+    detail = pages.Detail(config.examples, config.answered, config.steered, config.augmented)
+    cli.console.print("what each latent fires on: painting", markup=False)
+    page = pages.write_gallery(config.out / "features", dictionaries, data, detail=detail, scores=results)
+    report(config, data, results, page)
 
 
 def watch(
@@ -177,18 +185,16 @@ def replace(config: Config, data: Data, dictionaries: Sequence[Dictionary]) -> N
 
 
 def evaluate(config: Config, dictionary: Dictionary, data: Data, out: Path) -> dict[str, Any]:
-    """All metrics of one SAE; pictures and its page go to `out`."""
+    """All metrics of one SAE; pictures go to `out`."""
     out.mkdir(exist_ok=True, parents=True)
     scores = evaluation.evaluate(dictionary, data, config.sink_times)
     counts, edges = (np.asarray(values) for values in scores["density_histogram"].values())
     figures.densities(out / "densities.svg", counts, edges, scores["dead"])
     figures.breakdown(out / "breakdown.svg", {by: scores[by] for by in ("position", "task")})
-    shown = {"latents": config.latents, "examples": config.examples, "scores": scores}
-    pages.write_page(out / "report.html", dictionary, data, **shown)
     return scores
 
 
-def report(config: Config, data: Data, results: dict[str, dict[str, Any]]) -> None:
+def report(config: Config, data: Data, results: dict[str, dict[str, Any]], page: Path) -> None:
     """The table, the picture of several, where everything lies and what comes next."""
     tasks = len(data.tasks)
     table = figures.metrics_table(results, f"{len(data.documents)} documents of {tasks} tasks")
@@ -201,10 +207,9 @@ def report(config: Config, data: Data, results: dict[str, dict[str, Any]]) -> No
         note = f"{tasks} held-out tasks" if config.tasks is None else f"{tasks} tasks of {config.tasks}"
         picture = figures.frontier(config.out / "fvu_l0.svg", results, note)
         cli.console.print(f"FVU against L0: {picture}", markup=False)
-    first, row = next(iter(results.items()))
-    page = (config.out / first if len(results) > 1 else config.out) / "report.html"
-    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {page}{' …' if len(results) > 1 else ''}")
-    cli.console.print(f"next: open {page}, then python experiments/steer.py --sae {row['source']}")
+    row = next(iter(results.values()))
+    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {page}", markup=False)
+    cli.console.print(f"next: open {page}, then python experiments/steer.py --sae {row['source']}", markup=False)
 
 
 def read_documents(

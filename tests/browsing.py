@@ -31,10 +31,18 @@ def browse() -> Iterator[Open]:
 
 @contextmanager
 def opened(
-    browser: Any, path: str | Path, *, dark: bool = False, width: int = 1200, height: int = 900, **options: Any
+    browser: Any,
+    path: str | Path,
+    *,
+    dark: bool = False,
+    width: int = 1200,
+    height: int = 900,
+    asked: list[str] | None = None,
+    **options: Any,
 ) -> Iterator[Any]:
     """A page in a window of this size; fails at the end on console errors, exceptions, and what was asked of a network.
 
+    `asked` is filled with the address of everything the page reads.
     `options` are those of playwright's `new_context`, such as `java_script_enabled=False`.
     """
     address = path if isinstance(path, str) else path.absolute().as_uri()
@@ -47,9 +55,10 @@ def opened(
         page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("requestfailed", lambda asked: wrong.append(f"failed: {asked.url}"))
+        page.on("request", lambda request: [] if asked is None else asked.append(request.url))
         page.on("request", lambda asked: None if asked.url.startswith(HERE) else wrong.append(f"asked: {asked.url}"))
         page.goto(address)
         yield page
-        assert wrong == []
+        assert not wrong, "; ".join(wrong)
     finally:
         context.close()

@@ -208,7 +208,7 @@ def default_held(sites: Sequence[str], form: type[sae.AbstractDictionary]) -> st
     return mlps(layers if form.several_sites else layers[:1]) if layers else None
 
 
-def mlps(layers: Sequence[int]) -> str:
-    """What the MLPs of these blocks read and what they write, as --site spells it."""
-    ends = [[str(qwen_eqx.Site(layer, kind)) for layer in layers] for kind in ("resid_mid", "mlp_out")]
+def mlps(layers: Sequence[int], reads: str = "resid_mid") -> str:
+    """What the MLPs of these blocks read, before or behind their norm, and what they write, as --site spells it."""
+    ends = [[str(qwen_eqx.Site(layer, kind)) for layer in layers] for kind in (reads, "mlp_out")]
     return ":".join(JOINED.join(sites) for sites in ends)

@@ -157,7 +157,7 @@ def _filled(generator: Generator, batch: PromptBatch) -> tuple[Generator, Prompt
 
 def _cut(out: _Outputs, *, prompts: int, rows: int) -> _Outputs:
     """Without the rows that were filled up."""
-    buffer = jax.tree.map(lambda stored: stored[:, :rows], out.buffer)
+    buffer = None if out.buffer is None else out.buffer.first(rows)
     prompt_activations = jax.tree.map(lambda kept: kept[:, :prompts], out.prompt_activations)
     return _Outputs(out.tokens[:rows], out.lengths[:rows], out.log_probs[:rows], buffer, prompt_activations)
 

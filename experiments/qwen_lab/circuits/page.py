@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from qwen_lab import sheets
 from qwen_lab.circuits.nodes import Features
-from sae.evaluation.report import COLOURS
+from sae.evaluation.gallery import COLOURS
 
 
 class Grid(TypedDict):
