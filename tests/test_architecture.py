@@ -57,10 +57,10 @@ ORDER = {
             "hosts", "joining", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus",
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
-            "evaluation", "dashboards", "figures", "heat",
+            "evaluation", "figures", "heat",
             "settings", "sweeps", "runs", "jobs", "answering", "predictions", "sheets", "solve_report",
-            "timelines", "watching", "lessons",
-            "exactness", "features", "answers", "invariance", "lens", "pages",
+            "timelines", "lessons",
+            "exactness", "features", "answers", "invariance", "lens", "pages", "dashboards", "watching",
             "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],
         "circuits": [

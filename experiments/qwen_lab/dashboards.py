@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 import qwen_eqx
 import sae
-from qwen_lab import files
+from qwen_lab import files, lens
 from qwen_lab.evaluation import Data
 from qwen_lab.places import Dictionary
 
@@ -143,10 +143,8 @@ def effects(
     model: qwen_eqx.Qwen, decoder: Float[np.ndarray, "chosen d_out"]
 ) -> Float[np.ndarray, "chosen vocab"] | None:
     """What each direction adds to the logits through the final norm's gain; None where it is not the stream's width."""
-    head = model.embed.table if model.head is None else model.head.weight
-    if decoder.shape[1] != head.shape[1]:
-        return None
-    return (decoder * np.asarray(model.norm.weight, np.float32)) @ np.asarray(head, np.float32).T
+    table = lens.lens_of(model)
+    return decoder @ np.asarray(table) if decoder.shape[1] == table.shape[0] else None
 
 
 def _logits(effects: Float[np.ndarray, " vocab"] | None, tokenizer: qwen_eqx.Tokenizer) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def _logits(effects: Float[np.ndarray, " vocab"] | None, tokenizer: qwen_eqx.Tok
         return {name: [] for name in names}
     told: list[Any] = []
     for order in (np.argsort(-effects, kind="stable")[:TOKENS], np.argsort(effects, kind="stable")[:TOKENS]):
-        told += [[tokenizer.decode([token]) for token in order.tolist()], _rounded(effects[order])]
+        told += [[lens.token_text(tokenizer, token) for token in order.tolist()], _rounded(effects[order])]
     return dict(zip(names, [*told, *histogram(effects.astype(np.float64))], strict=True))
 
 

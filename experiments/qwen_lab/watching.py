@@ -8,7 +8,7 @@ import numpy as np
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import completions, dashboards, puzzles, timelines
+from qwen_lab import completions, lens, puzzles, timelines
 from qwen_lab.places import Dictionary
 from qwen_lab.prompts import Item
 from qwen_lab.timelines import Timeline
@@ -44,12 +44,12 @@ def named(
     """The tokens that each latent of these timelines raises most, where it writes the residual stream's width."""
     latents = np.unique(np.concatenate([each.latents[each.values > 0] for each in watched] or [np.zeros(0, int)]))
     *_, rows = dictionary.by_site(dictionary.module.decoder[jnp.asarray(latents, jnp.int32)]).values()
-    raised = dashboards.effects(model, np.asarray(rows, np.float32))
-    if raised is None:
+    table = lens.lens_of(model)
+    if rows.shape[1] != table.shape[0]:
         return {}
-    best = np.argsort(-raised, axis=1, kind="stable")[:, :RAISED]
-    told = (", ".join(repr(tokenizer.decode([token])) for token in row) for row in best.tolist())
-    return {latent: f"raises {text}" for latent, text in zip(latents.tolist(), told, strict=True)}
+    told = lens.tokens_along(rows, table, tokenizer)
+    texts = (", ".join(repr(token) for token, _ in each[:RAISED]) for each in told)
+    return {latent: f"raises {text}" for latent, text in zip(latents.tolist(), texts, strict=True)}
 
 
 def _room(item: Item, tokenizer: qwen_eqx.Tokenizer) -> int:
@@ -72,6 +72,6 @@ def _timeline(
     answer = marks()
     rows, cols, parts = (column[len(item.tokens) :].tolist() for column in (answer.row, answer.col, answer.part))
     cells = [(row, col) if part else None for row, col, part in zip(rows, cols, parts, strict=True)]
-    pieces = [tokenizer.decode([token]) for token in written]
+    pieces = [lens.token_text(tokenizer, token) for token in written]
     said = completions.outcome(sample, item.task)
     return Timeline(item.task, item.test, said, sample.grid, pieces, cells, probabilities, *timelines.strongest(codes))
