@@ -57,10 +57,9 @@ ORDER = {
             "hosts", "joining", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus",
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
-            "evaluation", "figures", "heat",
+            "evaluation", "lens", "dashboards", "figures", "heat",
             "settings", "sweeps", "runs", "jobs", "answering", "predictions", "sheets", "solve_report",
-            "timelines", "lessons",
-            "exactness", "features", "answers", "invariance", "lens", "pages", "dashboards", "watching",
+            "timelines", "watching", "lessons", "exactness", "features", "answers", "invariance", "pages",
             "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],
         "circuits": [

@@ -42,8 +42,9 @@ def test_it_is_saved_with_its_sites_and_evaluated_at_each(trained: Path, tmp_pat
     assert isinstance(module, sae.Crosscoder)
     assert module.reads == module.writes == (2, 64)
     assert metadata["hook_name"] == "+".join(SITES)
-    given = {"sae": (str(trained / "sae"),), "steered": 2, "augmented": 1, "timelines": 0, "max_prompt": 512}
-    evaluation = evaluate_sae.Config(**given, out=tmp_path)
+    evaluation = evaluate_sae.Config(
+        sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=0, max_prompt=512, out=tmp_path
+    )
     assert "the largest change of a logit is 0" in run(evaluate_sae, evaluation)
     measured = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert measured["form"] == "crosscoder"

@@ -230,10 +230,12 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
 
 
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
-    config = evaluate_sae.Config(
-        sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=1, max_prompt=512, out=tmp_path
+    said = run(
+        evaluate_sae,
+        evaluate_sae.Config(
+            sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=1, max_prompt=512, out=tmp_path
+        ),
     )
-    said = run(evaluate_sae, config)
     assert "the largest change of a logit is 0" in said
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert found["identity"] == 0.0

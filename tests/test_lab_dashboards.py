@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import qwen_eqx
 import sae
 import tiny
-from qwen_lab import Data, Dictionary, Place, corpus, dashboards
-from solving import made_task
+from qwen_lab import Data, Dictionary, Place, dashboards, lens
+from qwen_lab.corpus import Document
 
 # of sae-dashboard 0.8.0
 BATCH = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
@@ -92,8 +92,8 @@ def test_an_example_lies_in_its_interval(lines: list[list[float]]):
 
 def test_logits_are_left_out_where_the_width_is_not_the_streams():
     model, (_, tokenizer) = tiny.model(), qwen_eqx.from_pretrained("tiny-random")
-    assert dashboards.effects(model, np.ones((2, model.config.d_model + 1), np.float32)) is None
+    assert lens.effects(model, np.ones((2, model.config.d_model + 1), np.float32)) is None
     assert set(map(len, dashboards._logits(None, tokenizer).values())) == {0}
-    effects = dashboards.effects(model, np.zeros((1, model.config.d_model), np.float32))
+    effects = lens.effects(model, np.zeros((1, model.config.d_model), np.float32))
     assert effects is not None
     assert effects.shape == (1, model.config.vocab)

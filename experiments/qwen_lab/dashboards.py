@@ -39,7 +39,7 @@ def write(directory: Path, dictionary: Dictionary, data: Data, examples: int = 4
         chosen = fired[start : start + PER_FILE]
         *_, rows = dictionary.by_site(module.decoder[jnp.asarray(chosen, jnp.int32)]).values()
         decoder = np.asarray(rows, np.float32)
-        raised = effects(data.model, decoder)
+        raised = lens.effects(data.model, decoder)
         common = {
             "n_prompts_total": len(codes),
             "n_tokens_in_prompt": max(map(len, pieces), default=0),
@@ -137,14 +137,6 @@ def _window(
         "values": _rounded(values[start : start + WINDOW]),
         "qualifying_token_index": place - start,
     }
-
-
-def effects(
-    model: qwen_eqx.Qwen, decoder: Float[np.ndarray, "chosen d_out"]
-) -> Float[np.ndarray, "chosen vocab"] | None:
-    """What each direction adds to the logits through the final norm's gain; None where it is not the stream's width."""
-    table = lens.lens_of(model)
-    return decoder @ np.asarray(table) if decoder.shape[1] == table.shape[0] else None
 
 
 def _logits(effects: Float[np.ndarray, " vocab"] | None, tokenizer: qwen_eqx.Tokenizer) -> dict[str, Any]:

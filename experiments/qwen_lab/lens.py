@@ -24,6 +24,14 @@ def lens_of(model: qwen_eqx.Qwen) -> Float[jax.Array, "d_model vocab"]:
     return (head.astype(jnp.float32) * model.norm.weight.astype(jnp.float32)[None]).T
 
 
+def effects(
+    model: qwen_eqx.Qwen, directions: Float[np.ndarray, "chosen d_out"]
+) -> Float[np.ndarray, "chosen vocab"] | None:
+    """What each direction adds to the logits by the lens; None where it is not of the stream's width."""
+    lens = lens_of(model)
+    return np.asarray(jnp.asarray(directions) @ lens) if directions.shape[1] == lens.shape[0] else None
+
+
 def tokens_along(
     directions: Float[jax.Array, "chosen d_model"],
     lens: Float[jax.Array, "d_model vocab"],

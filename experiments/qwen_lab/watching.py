@@ -44,8 +44,8 @@ def named(
     """The tokens that each latent of these timelines raises most, where it writes the residual stream's width."""
     latents = np.unique(np.concatenate([each.latents[each.values > 0] for each in watched] or [np.zeros(0, int)]))
     *_, rows = dictionary.by_site(dictionary.module.decoder[jnp.asarray(latents, jnp.int32)]).values()
-    table = lens.lens_of(model)
-    if rows.shape[1] != table.shape[0]:
+    raised = lens.effects(model, np.asarray(rows, np.float32))
+    if raised is None:
         return {}
     told = lens.tokens_along(rows, table, tokenizer)
     texts = (", ".join(repr(token) for token, _ in each[:RAISED]) for each in told)
