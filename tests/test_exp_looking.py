@@ -16,7 +16,7 @@ from qwen_lab import InputError, solve_report, timelines
 from qwen_lab.predictions import Line
 from qwen_lab.timelines import Timeline
 from solving import made_task
-from test_displays import graph
+from test_notebooks import graph
 
 TASK = made_task("a")
 EVIL = '<img src=x onerror="document.title=1">'

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import qwen_eqx
 import sae
 import tiny
-from qwen_lab import Data, Dictionary, Place, dashboards, lens
-from qwen_lab.corpus import Document
+from qwen_lab import Data, Dictionary, Place, corpus, dashboards, lens
+from solving import made_task
 
 # of sae-dashboard 0.8.0
 BATCH = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}

@@ -47,9 +47,9 @@ def named(
     raised = lens.effects(model, np.asarray(rows, np.float32))
     if raised is None:
         return {}
-    told = lens.tokens_along(rows, table, tokenizer)
-    texts = (", ".join(repr(token) for token, _ in each[:RAISED]) for each in told)
-    return {latent: f"raises {text}" for latent, text in zip(latents.tolist(), texts, strict=True)}
+    best = np.argsort(-raised, axis=1, kind="stable")[:, :RAISED]
+    told = (", ".join(repr(lens.token_text(tokenizer, token)) for token in row) for row in best.tolist())
+    return {latent: f"raises {text}" for latent, text in zip(latents.tolist(), told, strict=True)}
 
 
 def _room(item: Item, tokenizer: qwen_eqx.Tokenizer) -> int:
