@@ -17,7 +17,7 @@ import train_sae
 from qwen_lab import places, runs, settings, splicing, sweeps
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
-from running import run, short_tasks, small
+from running import BRIEF, run, short_tasks, small
 
 CONFIG = qwen_eqx.from_pretrained("tiny-random")[0].config
 ENDS = [[f"blocks.{layer}.{kind}" for layer in range(CONFIG.layers)] for kind in ("hook_resid_mid", "hook_mlp_out")]
@@ -35,7 +35,7 @@ def test_one_across_layers_is_trained_from_a_store_and_measured_layer_by_layer(t
     assert (found.n_layers, found.crosses, found.d_sae) == (CONFIG.layers, True, 64 // CONFIG.layers)
     assert (found.input_site, found.output_site) == ("hook_resid_mid", "hook_mlp_out")
     out = tmp_path / "evaluated"
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(tmp_path / "run" / "sae"),), latents=2, out=out, limit=1))
+    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(tmp_path / "run" / "sae"),), **BRIEF, out=out, limit=1))
     assert "the largest change of a logit is 0" in said
     assert "in place of all MLPs (sae): " in said
     assert np.isfinite(json.loads((out / "replacement.json").read_text())["sae"]["kl_recovered"])

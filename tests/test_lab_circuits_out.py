@@ -10,7 +10,7 @@ import pytest
 
 import qwen_eqx
 import trace_circuit
-from circuits_small import KINDS, TOKENS, transcoders, whole
+from circuits_small import EVERYTHING, KINDS, TOKENS, tokenizer, transcoders, whole
 from qwen_lab import circuits
 from qwen_lab.circuits import neuronpedia
 from qwen_lab.circuits.graph import Graph
@@ -76,6 +76,16 @@ def test_errors_and_tokens_are_held_in_the_model_itself(kind: str):
     np.testing.assert_allclose(outcome.free, model.logits(r.passed.last[end] - error), **LOGITS_F32)
     first = circuits.intervene(model, some, graph, {"0_-1_0": 0.0})
     np.testing.assert_allclose(first.free, first.plain, **LOGITS_F32)  # the first position's MLPs are not replaced
+
+
+def test_a_graph_does_not_depend_on_the_mesh():
+    (model, some), expected = transcoders("cross"), whole("cross")
+    many = qwen_eqx.shard(model, qwen_eqx.make_mesh("data=1,model=2"))
+    found = circuits.trace(many, tokenizer(), some, TOKENS, EVERYTHING)
+    assert found.nodes.ids == expected.nodes.ids
+    order, other = (np.lexsort((edges.source, edges.target)) for edges in (found.edges, expected.edges))
+    np.testing.assert_array_equal(found.edges.source[order], expected.edges.source[other])
+    np.testing.assert_allclose(found.edges.weight[order], expected.edges.weight[other], **LOGITS_F32)
 
 
 def test_a_feature_held_at_its_own_value_changes_nothing_and_the_last_layers_go_straight_to_the_norm():
@@ -189,7 +199,9 @@ def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
     assert len(graph.tokens) == len(graph.pieces)
     (address,) = set(re.findall(r'"pages":"(.*?)"', (tmp_path / "circuit.html").read_text()))
     page, _, anchor = address.format(layer=1, latent=18).partition("#")  # of one of the strongest
-    assert f'id="{anchor}"' in (tmp_path / page).read_text()
+    assert anchor == "/1/18"
+    columns = ((tmp_path / page).parent / "data" / "1" / "index.js").read_text()
+    assert 18 in json.loads(columns.partition(",")[2][:-3])["latent"]
     assert set(trace_circuit.WRITTEN) <= {path.name for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match="--hold: found '1_2', expected a node's name and a number"):
         run(trace_circuit, dataclasses.replace(config, hold=("1_2",), out=tmp_path / "other"))
