@@ -65,8 +65,11 @@ def main(config: Config) -> None:
             if config.peer_python is not None:
                 measure.say(f"{prompt} tokens, circuit-tracer, {asked['batch']} targets side by side")
                 told = asked | {"targets": ours["targets"][: config.peer_targets]}
-                theirs = measure.ask_peer(config.peer_python, "trace_peer.py", told)
-                said = f"{theirs['versions']}, {asked['threads']} threads"
+                try:
+                    theirs = measure.ask_peer(config.peer_python, "trace_peer.py", told)
+                    said = f"{theirs['versions']}, {asked['threads']} threads"
+                except qwen_eqx.InputError as error:  # such as memory: what is measured here counts
+                    said = f"circuit-tracer at {prompt} tokens: {error}"
             rows.append(row(config, shape, asked, ours, theirs, limit))
     size = f"{config.shape}, {shape.layers} layers, {shape.parameters / 1e6:,.1f} M parameters, float32, random weights"
     what = f"{config.d_sae:,} features a layer, sweeps of {config.batch} targets; matrix rate {limit:,.0f} GFLOP/s"
