@@ -174,7 +174,7 @@ def row(
     limit: float,
 ) -> list[object]:  # fmt: skip
     """A line of the table; `apart` is the largest relative difference of the rows' sums."""
-    seq, speed = len(asked["tokens"]), config.targets / ours["seconds"]
+    seq, speed = len(asked["tokens"]), len(ours["sums"]) / ours["seconds"]
     rate = ours["operations"] / ours["seconds"] / 1e9 / limit
     room = 4 * shape.parameters + Room.of(shape, seq, ours["rows"], config.batch).total
     line = [seq, f"{ours['features']:,}", f"{speed:,.1f}", f"{rate:.0%}", *gigabytes(room, ours["peak_bytes"])]
