@@ -77,8 +77,8 @@ class Config(meshes.OnMesh):
     nodes: Share = 0.8
     """Share of the influence that the nodes on the page make up."""
     hold: flags.Words = ()
-    """Features of the graph held at a value, such as 3_766_200=0, to see what the model says then.
-    Without it the eight strongest are silenced."""
+    """Nodes of the graph held at a value, such as 3_766_200=0, to see what the model says then: features at an activation,
+    errors (3_-1_200) and tokens (E_17_200) at a factor. Without it the eight strongest features are silenced."""
     edges: Share = 0.98
     """Share of what passes between these nodes that the edges on the page make up."""
     pages: Whole = 12

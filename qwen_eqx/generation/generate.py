@@ -35,6 +35,17 @@ class Generation(eqx.Module):
     def __repr__(self) -> str:
         return shown.by_field(self)
 
+    def _repr_html_(self) -> str | None:
+        held = [shown.values_of(each) for each in (self.tokens, self.lengths, self.log_probs)]
+        if any(each is None or each.ndim != ndim for each, ndim in zip(held, (2, 1, 2), strict=True)):
+            return None  # a skeleton, or a tree of anything that has this shape
+        rows = [
+            (row[:length].tolist(), logs[:length].tolist(), float(logs[:length].sum()))
+            for row, length, logs in zip(*held, strict=True)
+        ]
+        facts = {"rows": str(len(rows)), "activations": self.activations, "prompts": self.prompt_activations}
+        return shown.generated("Generation", facts, rows)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GenerateOptions(Options):

@@ -44,6 +44,11 @@ class Completion(NamedTuple):
     def __repr__(self) -> str:
         return shown.by_field(self)
 
+    def _repr_html_(self) -> str:
+        facts = {name: getattr(self, name) for name in self._fields if name not in ("tokens", "log_probs")}
+        log_probs = self.log_probs.tolist()
+        return shown.generated("Completion", facts, [(self.tokens.tolist(), log_probs, float(np.sum(log_probs)))])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ScheduleOptions(Options):
