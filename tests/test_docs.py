@@ -106,6 +106,14 @@ def test_figures_that_were_superseded_say_by_what(page: str):
             assert re.search(r"superseded\s+by\W", paragraph), f"{page}: {paragraph[:80]}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_table_begins_after_a_blank_line(page: str):
+    """The site's Markdown makes no table of one that follows a line of text."""
+    lines = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL).splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        assert not line.startswith("|") or before.startswith("|") or not before.strip(), f"{page}: {line[:60]}"
+
+
 def commands() -> list[tuple[str, str, list[str]]]:
     """(page, command, flags) of every command that a page or a notebook shows."""
     shown = {

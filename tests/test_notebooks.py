@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
@@ -35,8 +36,9 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # one asks for devices: they are there, and it is undone
     matplotlib.use("agg")
     names = {"__name__": "notebook"}
-    for number, cell in enumerate(cells(name, "code"), 1):
-        exec(compile(cell.source, f"{name}, cell {number}", "exec"), names)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader has it
+        for number, cell in enumerate(cells(name, "code"), 1):
+            exec(compile(cell.source, f"{name}, cell {number}", "exec"), names)
     matplotlib.pyplot.close("all")
     assert list(tmp_path.iterdir()) == []  # what it writes goes to a temporary directory
 
