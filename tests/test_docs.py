@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_figures_that_were_superseded_say_by_what(page: str):
 def test_a_table_begins_after_a_blank_line(page: str):
     """The site's Markdown makes no table of one that follows a line of text."""
     lines = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL).splitlines()
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in itertools.pairwise(lines):
         assert not line.startswith("|") or before.startswith("|") or not before.strip(), f"{page}: {line[:60]}"
 
 

@@ -1,8 +1,12 @@
 """Stores, checkpoints and dictionaries at URLs: the same bytes as on a disk, through every failure that passes."""
 
+import contextlib
 import dataclasses
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import jax
@@ -173,3 +177,43 @@ def test_copies_of_remote_shards_leave_the_disk_with_their_arrays(memory, monkey
 @pytest.mark.filterwarnings("ignore")
 def test_s3(bucket, tmp_path):
     everything(bucket, tmp_path)
+
+
+@pytest.fixture
+def google(monkeypatch) -> Iterator[str]:
+    """The URL of an empty prefix in a Google bucket of this process' own, where what is created once is kept, as there."""
+    pytest.importorskip("gcsfs").GCSFileSystem.clear_instance_cache()
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
+    upload = objects._multipart_upload
+
+    def multipart_upload(request, response, kept):
+        where = request.params["bucket_name"], request.data["meta"]["name"]
+        if request.query.get("ifGenerationMatch") == ["0"]:  # cloud.google.com/storage/docs/request-preconditions
+            with contextlib.suppress(objects.NotFound):
+                kept.get_file_obj(*where)
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+        upload(request, response, kept)
+
+    monkeypatch.setattr(objects, "_multipart_upload", multipart_upload)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # no question to Google about the bucket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    yield "gs://bucket/prefix"
+    server.stop()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gs(google, tmp_path):
+    everything(google, tmp_path)
+    mark = storage.place(google) / "mark.json"
+    mark.create(b"one")
+    mark.create(b"one")
+    with pytest.raises(sae.InputError, match=r"mark.json: found other bytes, expected none or the same"):
+        mark.create(b"two")
+    assert mark.read() == b"one"

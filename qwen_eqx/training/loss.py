@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from qwen_eqx.model.qwen import Qwen
 from qwen_eqx.training.products import trained
 
-LOGITS_AT_ONCE = 2**24  # numbers; more positions than that go piece by piece, and their logits are made again
+LOGITS_AT_ONCE = 2**26  # numbers; more positions than that go piece by piece, and their logits are made again
 
 
 class Batch(eqx.Module):
