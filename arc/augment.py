@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
+from jaxtyping import Shaped
 
 from arc.errors import InputError
 from arc.grid import COLOURS, Grid, as_grid
@@ -49,9 +50,13 @@ class Augmentation:
             object.__setattr__(self, "order", ())  # one value per effect, or samples would hold duplicates
 
     def apply_grid(self, grid: Grid) -> Grid:
+        return as_grid(np.array(self.colours, dtype=np.uint8)[self.turn(grid)])
+
+    def turn(self, cells: Shaped[np.ndarray, "rows cols *more"]) -> Shaped[np.ndarray, "_rows _cols *more"]:
+        """The symmetry alone, of whatever stands in the cells of a grid."""
         turns, transposed = SYMMETRIES[self.symmetry]
-        turned = np.rot90(grid, turns)
-        return as_grid(np.array(self.colours, dtype=np.uint8)[turned.T if transposed else turned])
+        turned = np.rot90(cells, turns)
+        return turned.swapaxes(0, 1) if transposed else turned
 
     def invert(self, grid: Grid) -> Grid:
         """The grid that `apply_grid` would have turned into this one."""

@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from arc import generators
+from arc import drawing, generators
 from arc.errors import InputError
 from arc.files import read_json, write_text
 from arc.grid import Grid, as_grid
@@ -41,6 +42,12 @@ class Tasks(list[Task]):
     def __repr__(self) -> str:
         first = ", ".join(f"{task.id:.20}" for task in self[:3]) + ", …" * (len(self) > 3)
         return f"Tasks({len(self):,} tasks: {first}; {len(self.skipped):,} skipped)"
+
+    def _repr_html_(self) -> str:
+        """The first pair of the first tasks."""
+        firsts = ((task.id[:20], task.train[0]) for task in self[:6])
+        shown = [drawing.figure(grid, name, cell=8) for name, pair in firsts for grid in (pair.input, pair.output)]
+        return f"<div><p>{escape(repr(self))}</p>{drawing.in_row(shown)}</div>"
 
     def reasons(self) -> Counter[str]:
         """How often each rule was broken."""

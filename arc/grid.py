@@ -1,11 +1,15 @@
 """A Grid is a NumPy uint8 array of 1 to 30 rows and columns of colours 0 to 9, read-only once validated.
 
-It stays a plain array, so every NumPy function works on it; `as_grid` is the only door from the outside.
+It stays an array, so every NumPy function works on it, and a notebook shows it in colours; `as_grid` is the only door
+from the outside.
 """
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from arc import drawing
 from arc.errors import InputError
 
 MAX_SIDE = 30
@@ -14,6 +18,23 @@ COLOUR_NAMES = ("black", "blue", "red", "green", "yellow", "grey", "pink", "oran
 
 # The underscores keep two grids of one call from having to share their sides.
 Grid = UInt8[np.ndarray, "_rows _cols"]
+
+
+class _Shown(np.ndarray):
+    """An array that a notebook draws; what is computed from it is a plain array."""
+
+    def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
+        return array[()] if return_scalar else array
+
+    def __repr__(self) -> str:
+        return repr(self.view(np.ndarray))
+
+    def _repr_html_(self) -> str | None:
+        """None, which leaves the plain text, of a part that is no grid."""
+        sides = self.ndim == 2 and all(1 <= side <= MAX_SIDE for side in self.shape)
+        if not sides or self.dtype != np.uint8 or self.max(initial=0) >= COLOURS:
+            return None
+        return drawing.svg(self)
 
 
 def size_of(grid: Grid | None) -> str:
@@ -38,7 +59,7 @@ def as_grid(value: object, where: str = "grid") -> Grid:
         raise _bad_cell(where, int(row), int(col), array[row, col])
     grid = array.astype(np.uint8, order="C")  # always a copy: freezing must not freeze the caller's array
     grid.flags.writeable = False
-    return grid
+    return grid.view(_Shown)
 
 
 def _from_lists(value: object, where: str) -> np.ndarray:

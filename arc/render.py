@@ -8,15 +8,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from arc.canvas import Canvas, rgb
+from arc.drawing import PALETTE
 from arc.errors import InputError
 from arc.files import write_text
 from arc.grid import Grid
 from arc.task import Task
 
-# fchollet/ARC-AGI, apps/css/common.css
-PALETTE = (
-    "#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25",
-)  # fmt: skip
 LINES, MARK, GAP, TEXT = "#555555", "#ffffff", 14, 12
 
 

@@ -1,11 +1,15 @@
 """A puzzle: pairs that show a rule, and inputs to apply it to."""
 
 from dataclasses import dataclass, replace
+from html import escape
 
 import numpy as np
 
+from arc import drawing
 from arc.errors import InputError
 from arc.grid import Grid, as_grid, size_of
+
+_DRAWN = 12  # pairs of a task in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +26,9 @@ class Pair:
 
     def __repr__(self) -> str:
         return f"Pair({size_of(self.input)} -> {size_of(self.output)})"
+
+    def _repr_html_(self) -> str:
+        return drawing.in_row(_drawn("", self))
 
     def _content(self) -> tuple:
         return tuple(None if g is None else (g.shape, g.tobytes()) for g in (self.input, self.output))
@@ -53,6 +60,14 @@ class Task:
     def __repr__(self) -> str:
         return f"Task({self.id!r:.40}, train {len(self.train)}, test {len(self.test)})"
 
+    def _repr_html_(self) -> str:
+        pairs = [
+            (f"{part} {index}, ", pair) for part in ("train", "test") for index, pair in enumerate(getattr(self, part))
+        ]
+        shown = "".join(drawing.in_row(_drawn(name, pair)) for name, pair in pairs[:_DRAWN])
+        more = f"<p>and {len(pairs) - _DRAWN:,} pairs more</p>" if len(pairs) > _DRAWN else ""
+        return f"<div><p><b>{escape(self.id[:80])}</b></p>{shown}{more}</div>"
+
     def without_answers(self) -> "Task":
         """The task as a solver sees it: no test outputs."""
         return replace(self, test=tuple(Pair(pair.input) for pair in self.test))
@@ -65,6 +80,10 @@ class Task:
     def to_dict(self) -> dict[str, list[dict[str, list[list[int]]]]]:
         """The ARC JSON object; withheld outputs are left out."""
         return {part: [_pair_dict(pair) for pair in getattr(self, part)] for part in ("train", "test")}
+
+
+def _drawn(name: str, pair: Pair) -> list[str]:
+    return [drawing.figure(pair.input, f"{name}input"), drawing.figure(pair.output, f"{name}output")]
 
 
 def _pair_dict(pair: Pair) -> dict[str, list[list[int]]]:

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -178,7 +179,8 @@ def ask_peer(python: Path, script: str, asked: dict[str, Any]) -> dict[str, Any]
     except OSError as error:
         raise InputError(f"peer-python: {python} cannot be run: {error.strerror}") from None
     if done.returncode:
-        raise InputError(f"peer-python: {python} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        silent = f"no message, status {done.returncode}" + ": out of memory?" * (done.returncode == -signal.SIGKILL)
+        raise InputError(f"peer-python: {python} failed: {(done.stderr.strip().splitlines() or [silent])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -28,20 +28,23 @@ CHIPS = {
 }
 
 
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    shape: tuple[str, ...] = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-32B", "Qwen2.5-72B")
+    shape: tuple[str, ...] = tuple(f"Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"))
     """Presets' names, or `tiny`."""
-    model: tuple[int, ...] = (1, 2, 4, 8, 16)
+    model: tuple[int, ...] = SIZES
     """Sizes of the model axis."""
-    devices: int = 64
-    """Of which the data axis takes what the model axis leaves."""
+    devices: tuple[int, ...] = SIZES
+    """Devices in all, of which the data axis takes what the model axis leaves."""
     rows: int = 8
     """Sequences on each group of devices that holds the model once."""
     kv_seq: int = 2048
     """Tokens of each."""
-    chip: str = "h100"
-    """Device: h100, a100 or v5e, by their vendors' figures."""
+    chips: tuple[str, ...] = ("h100", "v5e")
+    """Devices: h100, a100 or v5e, by their vendors' figures."""
 
 
 class Collective(NamedTuple):
@@ -73,37 +76,81 @@ def collectives(config: QwenConfig, mesh: AbstractMesh, rows: int, itemsize: int
     return made
 
 
-def line(name: str, config: QwenConfig, size: int, asked: Config) -> list[object]:
-    """A row of the table: a step reads its weights and its cache once, and waits for each collective."""
-    chip, mesh = CHIPS[asked.chip], AbstractMesh((asked.devices // size, size), sharding.AXES)
-    model = skeleton(config, jnp.dtype(jnp.bfloat16))
-    weights = sharding.bytes_per_device(model, mesh)
-    share = sharding.share(config, mesh)
-    cache = cache_bytes(share, batch=asked.rows, kv_seq=asked.kv_seq, dtype=jnp.bfloat16)
-    exchanged = collectives(config, mesh, asked.rows)
-    read = (weights + cache) / chip.read
-    waited = sum(each.seconds(chip, size) for each in exchanged)
-    fits = "yes" if weights + cache < 0.9 * chip.memory else "no"
-    rate = asked.rows * mesh.shape["data"] / (read + waited)
-    moved = sum(each.bytes for each in exchanged)
-    whole = ", ".join(said.partition("=")[0] for said in sharding.not_split(config, mesh)) or None
-    shape = sharding.describe(mesh.shape["data"], size)
-    numbers = [f"{weights / 1e9:.2f}", f"{cache / 1e9:.2f}", fits, len(exchanged), f"{moved / 1e6:.2f}"]
-    return [name, shape, *numbers, f"{1e3 * read:.2f}", f"{1e3 * waited:.2f}", f"{rate:,.0f}", whole]
+class Step(NamedTuple):
+    """A decode step of one group of devices; groups of `data` know nothing of one another, so it is that of all."""
+
+    weights: int  # bytes on each device
+    cache: int
+    exchanged: list[Collective]
+    whole: list[str]  # what the size does not divide, so that every device holds all of it
+
+    @classmethod
+    def of(cls, config: QwenConfig, size: int, asked: Config) -> "Step":
+        mesh = AbstractMesh((1, size), sharding.AXES)
+        weights = sharding.bytes_per_device(skeleton(config, jnp.dtype(jnp.bfloat16)), mesh)
+        share = sharding.share(config, mesh)
+        cache = cache_bytes(share, batch=asked.rows, kv_seq=asked.kv_seq, dtype=jnp.bfloat16)
+        whole = [said.partition("=")[0] for said in sharding.not_split(config, mesh)]
+        return cls(weights, cache, collectives(config, mesh, asked.rows), whole)
+
+    def fits(self, chip: Chip) -> bool:
+        return self.weights + self.cache < 0.9 * chip.memory
+
+    def seconds(self, chip: Chip, size: int) -> tuple[float, float]:
+        """It reads its weights and its cache once, and waits for each collective."""
+        return (self.weights + self.cache) / chip.read, sum(each.seconds(chip, size) for each in self.exchanged)
+
+
+def of_sizes(steps: dict[tuple[str, int], Step], chips: dict[str, Chip]) -> list[list[object]]:
+    """A row for each size of the model axis."""
+    rows = []
+    for (name, size), step in steps.items():
+        moved = sum(each.bytes for each in step.exchanged)
+        times = []
+        for chip in chips.values():
+            read, waited = step.seconds(chip, size)
+            times += [f"{1e3 * read:.2f} + {1e3 * waited:.2f}" if step.fits(chip) else None]
+        sizes = [f"{step.weights / 1e9:.2f}", f"{step.cache / 1e9:.2f}", len(step.exchanged), f"{moved / 1e6:.2f}"]
+        rows.append([name, size, *sizes, *times, ", ".join(step.whole) or None])
+    return rows
+
+
+def of_devices(steps: dict[tuple[str, int], Step], chip: Chip, asked: Config) -> list[list[object]]:
+    """For each model and number of devices the smallest model axis whose share fits, and what all devices write."""
+    rows = []
+    for name in asked.shape:
+        cells: list[object] = [name]
+        for devices in asked.devices:
+            sizes = (size for size in sorted(asked.model) if devices % size == 0)
+            size = next((size for size in sizes if steps[name, size].fits(chip)), None)
+            if size is None:
+                cells.append(None)
+                continue
+            seconds = sum(steps[name, size].seconds(chip, size))
+            rate = asked.rows * (devices // size) / seconds
+            cells.append(f"{devices // size} × {size}: {1e3 * seconds:.1f} ms, {rate:,.0f}")
+        rows.append(cells)
+    return rows
 
 
 def main(config: Config) -> None:
-    if config.chip not in CHIPS:
-        raise InputError(f"chip: found {config.chip!r}, expected one of {', '.join(CHIPS)}")
+    for name in config.chips:
+        if name not in CHIPS:
+            raise InputError(f"chips: found {name!r}, expected some of {', '.join(CHIPS)}")
+    chips = {name: CHIPS[name] for name in config.chips}
     shapes = {name: measure.config_of(name) for name in config.shape}
-    sizes = [size for size in config.model if size <= config.devices]
+    steps = {(name, size): Step.of(shapes[name], size, config) for name in shapes for size in config.model}
     measure.heading(
-        f"A decode step on {config.devices} devices like an {config.chip}, predicted",
+        "A decode step by the size of the model axis, predicted",
         f"bf16, {config.rows} rows of {config.kv_seq} tokens on each group of devices, vendors' figures, nothing was run",
     )
-    columns = ["model", "mesh", "weights GB", "cache GB", "fits", "collectives", "MB exchanged", "read ms", "wait ms"]
-    rows = [line(name, shapes[name], size, config) for name in shapes for size in sizes]
-    measure.table([*columns, "tok/s of all", "held whole"], rows)
+    times = [f"{name}: read + wait ms" for name in chips]
+    columns = ["model", "model=", "weights GB", "cache GB", "collectives", "MB exchanged", *times, "held whole"]
+    measure.table(columns, of_sizes(steps, chips))
+    for name, chip in chips.items():
+        said = f"{chip.memory / 1e9:.0f} GB a device; data × model: time of a step, tok/s of all; – fits on none"
+        measure.heading(f"On so many devices like an {name}, predicted", said)
+        measure.table(["model", *map(str, config.devices)], of_devices(steps, chip, config))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from qwen_lab import (
     bounds,
     cli,
     corpus,
+    dashboards,
     evaluation,
     figures,
     files,
@@ -29,16 +30,20 @@ from qwen_lab import (
     loading,
     locks,
     pages,
+    prompts,
     provenance,
     splicing,
     texts,
+    timelines,
+    watching,
     wording,
 )
-from qwen_lab.bounds import Count, CountOrNone, Times
+from qwen_lab.bounds import Count, CountOrNone, Times, Whole
 from qwen_lab.corpus import Document
 from qwen_lab.errors import InputError
 from qwen_lab.evaluation import Data
 from qwen_lab.places import Dictionary
+from qwen_lab.prompts import Item
 from qwen_lab.texts import Text
 
 
@@ -54,12 +59,20 @@ class Config(loading.OnModel):
     """Prompt tokens at most: whole training pairs are left out to fit; None: what the model holds. Answers count too."""
     sink_times: Times = 10.0
     """Leave out positions whose norm exceeds this many medians (attention sinks); 0 keeps all. Of reconstruction alone."""
-    latents: Count = 40
-    """Latents in the report, spread over all densities."""
     examples: Count = 4
-    """Documents shown for each."""
+    """Documents shown of each latent, those where it is strongest; three from the rest of its range come with them."""
+    answered: Whole = 20
+    """Documents that the model answers, from the first; 0: none, and nothing is steered."""
+    steered: Whole = 24
+    """Latents, spread over all densities, whose direction is added while the model answers one of these again; 0: none."""
+    augmented: Whole = 8
+    """Documents whose tasks are read turned, recoloured and reordered, to see what stays of each latent; 0: none."""
+    timelines: Whole = 3
+    """Answers that get a page which shows them being computed; of the first tasks. 0: none."""
+    neuronpedia: bool = False
+    """Also write every latent that fires as SAEDashboard's JSON, which Neuronpedia imports, into OUT/neuronpedia."""
     out: Path = Path("runs/evaluate_sae")
-    """Directory of what is written. Table, pictures and reports."""
+    """Directory of what is written. Table, pictures and the gallery of all latents."""
 
 
 def check(config: Config) -> None:
@@ -86,6 +99,7 @@ class Corpus:
 
     text: Text
     documents: list[Document]
+    items: list[Item]  # what the model is watched answering
     tasks_asked: int
     tasks_read: int
 
@@ -104,7 +118,8 @@ def measure(
     given: dict[str, str],
 ) -> None:
     """Reads the documents once, and writes all that is found of each SAE."""
-    files.expect_files(config.out, "run.json", "metrics.json", "replacement.json", "report.html")
+    files.fresh_directory(config.out / "features")
+    files.expect_files(config.out, "run.json", "metrics.json", "replacement.json")
     provenance.record_run(config.out, config)
     reading = cli.progress(read.documents, len(read.documents), "reading", "documents")
     data = Data.read(model, tokenizer, reading, [one.place for one in dictionaries], read.text.model or "")
@@ -115,8 +130,40 @@ def measure(
         said = {"source": given[one.name], "text": texts.compared(read.text, Text.of_metadata(one.metadata))}
         results[one.name] = {**said, "rows_of": read.rows_of(scores["rows"]), **scores}
     files.write_json(config.out / "metrics.json", results)
+    watch(config, model, tokenizer, dictionaries, read)
+    for one in dictionaries if config.neuronpedia else ():
+        where = config.out / "neuronpedia" / one.name if len(dictionaries) > 1 else config.out / "neuronpedia"
+        written = dashboards.write(where, one, data, config.examples)
+        cli.console.print(f"for Neuronpedia: {len(written)} files in {where}", markup=False)
     replace(config, data, dictionaries)
-    report(config, data, results)
+    detail = pages.Detail(config.examples, config.answered, config.steered, config.augmented)
+    cli.console.print("what each latent fires on: painting", markup=False)
+    page = pages.write_gallery(config.out / "features", dictionaries, data, detail=detail, scores=results)
+    report(config, data, results, page)
+
+
+def watch(
+    config: Config, model: qwen_eqx.Qwen, tokenizer: qwen_eqx.Tokenizer, dictionaries: list[Dictionary], read: Corpus
+) -> None:
+    """A page for each answer of the first tasks, with what the latents did while the model wrote it."""
+    if not read.items:
+        return
+    tasks = config.out / "features" / "tasks"
+    for number, watched in enumerate(watching.watch(model, tokenizer, dictionaries, read.items)):
+        one, up = dictionaries[number], "../" if number else ""
+        others = {
+            each.name: f"{up}{at}/index.html" if at else f"{up}index.html" for at, each in enumerate(dictionaries)
+        }
+        timelines.write(
+            tasks / str(number) if number else tasks,
+            watched,
+            title=f"Answers, and what {one.name} sees in them",
+            facts={"model": read.text.model or "", "site": str(one.place), "SAE": one.name},
+            links={"all latents": f"{up}../index.html", **(others if len(others) > 1 else {})},
+            names=watching.named(model, tokenizer, one, watched),
+            latent_page=f"{up}../index.html#/{number}/{{latent}}",
+        )
+    cli.console.print(f"answers being computed: {tasks / 'index.html'}", markup=False)
 
 
 def replace(config: Config, data: Data, dictionaries: Sequence[Dictionary]) -> None:
@@ -138,18 +185,16 @@ def replace(config: Config, data: Data, dictionaries: Sequence[Dictionary]) -> N
 
 
 def evaluate(config: Config, dictionary: Dictionary, data: Data, out: Path) -> dict[str, Any]:
-    """All metrics of one SAE; pictures and its page go to `out`."""
+    """All metrics of one SAE; pictures go to `out`."""
     out.mkdir(exist_ok=True, parents=True)
     scores = evaluation.evaluate(dictionary, data, config.sink_times)
     counts, edges = (np.asarray(values) for values in scores["density_histogram"].values())
     figures.densities(out / "densities.svg", counts, edges, scores["dead"])
     figures.breakdown(out / "breakdown.svg", {by: scores[by] for by in ("position", "task")})
-    shown = {"latents": config.latents, "examples": config.examples, "scores": scores}
-    pages.write_page(out / "report.html", dictionary, data, **shown)
     return scores
 
 
-def report(config: Config, data: Data, results: dict[str, dict[str, Any]]) -> None:
+def report(config: Config, data: Data, results: dict[str, dict[str, Any]], page: Path) -> None:
     """The table, the picture of several, where everything lies and what comes next."""
     tasks = len(data.tasks)
     table = figures.metrics_table(results, f"{len(data.documents)} documents of {tasks} tasks")
@@ -162,10 +207,9 @@ def report(config: Config, data: Data, results: dict[str, dict[str, Any]]) -> No
         note = f"{tasks} held-out tasks" if config.tasks is None else f"{tasks} tasks of {config.tasks}"
         picture = figures.frontier(config.out / "fvu_l0.svg", results, note)
         cli.console.print(f"FVU against L0: {picture}", markup=False)
-    first, row = next(iter(results.items()))
-    page = (config.out / first if len(results) > 1 else config.out) / "report.html"
-    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {page}{' …' if len(results) > 1 else ''}")
-    cli.console.print(f"next: open {page}, then python experiments/steer.py --sae {row['source']}")
+    row = next(iter(results.values()))
+    cli.console.print(f"wrote: {config.out / 'metrics.json'}, {page}", markup=False)
+    cli.console.print(f"next: open {page}, then python experiments/steer.py --sae {row['source']}", markup=False)
 
 
 def read_documents(
@@ -191,7 +235,12 @@ def read_documents(
     read = len({document.task for document in documents})
     if left := len(tasks) - read:
         cli.console.print(f"{left} of {len(tasks)} tasks left out: longer than {longest} tokens (--max-prompt)")
-    return Corpus(text, documents, len(tasks), read)
+    items = []
+    if config.timelines:
+        asking = prompts.asking(tokenizer, budget=longest, encoder=config.encoder, format=config.prompt)
+        chosen = {document.task for document in documents[: config.timelines]}
+        items = prompts.items([task for task in tasks if task.id in chosen], tokenizer, asking, too_long="skip")
+    return Corpus(text, documents, items[: config.timelines], len(tasks), read)
 
 
 if __name__ == "__main__":

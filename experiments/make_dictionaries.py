@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import qwen_eqx
 from qwen_eqx.weights import hub
-from qwen_lab import bounds, cli, figures, files, jobs, locks, provenance
+from qwen_lab import bounds, cli, figures, files, jobs, locks, meshes, provenance
 from qwen_lab.bounds import Count, CountOrNone, Seed
 from qwen_lab.settings import Form, RunConfig, training_flags
 from sae.formats.load import EMBEDDED
@@ -29,7 +29,7 @@ MODEL, CARD = "tiny-arc", "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     model: str = MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id."""
     form: Form = "batchtopk"
@@ -54,7 +54,7 @@ class Config:
 
 def main(config: Config) -> None:
     bounds.check(config)
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, dtype=jnp.bfloat16)
+    model, tokenizer = qwen_eqx.from_pretrained(config.model, dtype=jnp.bfloat16, mesh=config.open_mesh())
     asked = dict(kinds(config, model.config.layers))
     for each in asked.values():
         jobs.open_job(each, (model, tokenizer))  # raises for what no run can have
@@ -81,7 +81,7 @@ def kinds(config: Config, blocks: int) -> Iterator[tuple[str, RunConfig]]:
         "residual": "layer=" + ",".join(map(str, numbers)),
         "transcoders": "site=" + ",".join(f"blocks.{n}.hook_resid_mid:blocks.{n}.hook_mlp_out" for n in numbers),
     }
-    same = ("model", "form", "d_sae", "k", "steps", "limit", "held_out", "seed")
+    same = ("model", "form", "d_sae", "k", "steps", "limit", "held_out", "seed", "mesh")
     shared: dict[str, Any] = {name: getattr(config, name) for name in same}
     for kind, axis in axes.items():
         yield (
@@ -106,7 +106,7 @@ def card(config: Config, table: dict[str, dict[str, Any]]) -> str:
     changed = {
         name: getattr(config, name)
         for name in vars(usual)
-        if getattr(config, name) != getattr(usual, name) and name != "out"
+        if getattr(config, name) != getattr(usual, name) and name not in ("out", "mesh")
     }
     flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
     told = training_flags(next(iter(dict(kinds(config, 1)).values())))

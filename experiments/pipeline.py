@@ -36,6 +36,7 @@ from qwen_lab import (
     flags,
     loading,
     locks,
+    meshes,
     pipeline_report,
     places,
     provenance,
@@ -57,7 +58,7 @@ RECIPE, PAGE = "pipeline.toml", "index.html"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     config: Path | None = None
     """TOML file of flags: a table for each stage, before them those of this command. The command line wins."""
     stages: flags.Words = ("transform", "extract", "train", "evaluate", "report")
@@ -114,6 +115,7 @@ class Stage:
 
 def main(config: Config) -> None:
     tracking.check(config.track)
+    config.check_mesh()
     check(plan(config, stages.Marks(config.out)))
     with locks.claimed(config.out):
         work(config, stages.Marks(config.out))
@@ -139,13 +141,7 @@ def plan(config: Config, marks: stages.Marks) -> list[Stage]:
     unknown = [name for name in config.stages if name not in (*COMMANDS, "report")]
     if unknown or not config.stages:
         raise InputError(f"--stages: found {', '.join(unknown) or 'none'}, expected of {', '.join(COMMANDS)}, report")
-    told = {name: getattr(config, name) for name in COMMANDS}
-    if config.track != "none":
-        fields = {name: {field.name for field in dataclasses.fields(table)} for name, table in told.items()}
-        told = {
-            name: dataclasses.replace(table, track=config.track) if "track" in fields[name] else table
-            for name, table in told.items()
-        }
+    told = {name: shared(config, getattr(config, name)) for name in COMMANDS}
     if told["transform"].dataset and told["extract"].tasks == wording.AUTO:
         told["extract"] = dataclasses.replace(told["extract"], tasks=TASKS)
     filled = stages.resolved(told, config.out)
@@ -164,6 +160,15 @@ def plan(config: Config, marks: stages.Marks) -> list[Stage]:
     return planned
 
 
+def shared(config: Config, table: Any) -> Any:
+    """The flags of a stage, with those of this command that it has too: its own --mesh wins, its own --track does not."""
+    if config.track != "none" and hasattr(table, "track"):
+        table = dataclasses.replace(table, track=config.track)
+    if isinstance(table, meshes.OnMesh) and table.mesh is None:
+        table = dataclasses.replace(table, mesh=config.mesh)
+    return table
+
+
 # ---------------------------------------------------------------- before the first stage
 
 
@@ -174,6 +179,8 @@ def check(planned: Sequence[Stage]) -> None:
         if stage.doing == "run":
             with recipes.of_table(stage.name):
                 bounds.check(stage.config)
+                if isinstance(stage.config, meshes.OnMesh):
+                    stage.config.check_mesh()
                 CHECKS[stage.name](stage.config, of)
 
 

@@ -107,7 +107,7 @@ class Config(meshes.OnMesh):
     """Of weights, cache and activations."""
     seed: Seed = 0
     """Of the run. Augmentations and samples are drawn from it."""
-    report_tasks: Whole = 50
+    report_tasks: Whole = 200
     """Tasks that the report shows in pictures."""
     out: Path = Path("runs/solve")
     """Directory of what is written. A run that was cut off, or is given a higher --limit, goes on where it stopped."""

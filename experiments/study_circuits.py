@@ -26,7 +26,7 @@ from rich.table import Column, Table
 import arc
 import qwen_eqx
 import sae
-from qwen_lab import bounds, circuits, cli, corpus, figures, files, flags, locks, provenance, rules, wording
+from qwen_lab import bounds, circuits, cli, corpus, figures, files, flags, locks, meshes, provenance, rules, wording
 from qwen_lab.bounds import Count, CountOrNone, Seed
 from qwen_lab.circuits.nodes import FEATURE, Nodes
 from qwen_lab.circuits.puzzles import question, solved
@@ -37,7 +37,7 @@ NEAREST = 16  # features of the same layer among which one as strong is drawn
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     transcoders: str = TRANSCODERS
     """Embedded model's name, or a directory with a transcoder for each MLP."""
     encoder: str = wording.AUTO
@@ -69,7 +69,7 @@ def main(config: Config) -> None:
             raise InputError(f"--families: found {name!r}, expected some of {', '.join(rules.families())}")
     transcoders = sae.load_transcoders(config.transcoders)
     name = str(transcoders.metadata.get("model_name", wording.MODEL))
-    model, tokenizer = qwen_eqx.from_pretrained(name, dtype=jnp.float32)
+    model, tokenizer = qwen_eqx.from_pretrained(name, dtype=jnp.float32, mesh=config.open_mesh())
     config = wording.filled(config, tokenizer, transcoders.metadata)
     with locks.claimed(config.out):
         files.expect_files(config.out, "run.json", "study.json")

@@ -20,7 +20,21 @@ from rich.table import Column, Table
 
 import qwen_eqx
 import sae
-from qwen_lab import bounds, circuits, cli, corpus, figures, files, flags, loading, locks, provenance, stopping, wording
+from qwen_lab import (
+    bounds,
+    circuits,
+    cli,
+    corpus,
+    figures,
+    files,
+    flags,
+    loading,
+    locks,
+    meshes,
+    provenance,
+    stopping,
+    wording,
+)
 from qwen_lab.bounds import Count, CountOrNone, Share, Whole
 from qwen_lab.circuits import feature_pages
 from qwen_lab.circuits.nodes import FEATURE
@@ -32,7 +46,7 @@ WRITTEN = ("run.json", "graph.safetensors", "graph.json", "neuronpedia.json", "c
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(meshes.OnMesh):
     transcoders: str = TRANSCODERS
     """Embedded model's name, or a directory with a transcoder for each MLP."""
     model: str | None = None
@@ -63,8 +77,8 @@ class Config:
     nodes: Share = 0.8
     """Share of the influence that the nodes on the page make up."""
     hold: flags.Words = ()
-    """Features of the graph held at a value, such as 3_766_200=0, to see what the model says then.
-    Without it the eight strongest are silenced."""
+    """Nodes of the graph held at a value, such as 3_766_200=0, to see what the model says then: features at an activation,
+    errors (3_-1_200) and tokens (E_17_200) at a factor. Without it the eight strongest features are silenced."""
     edges: Share = 0.98
     """Share of what passes between these nodes that the edges on the page make up."""
     pages: Whole = 12
@@ -78,7 +92,9 @@ def main(config: Config) -> None:
     held = holding(config.hold)
     transcoders = sae.load_transcoders(config.transcoders)
     name = config.model or str(transcoders.metadata.get("model_name", wording.MODEL))
-    model, tokenizer = qwen_eqx.from_pretrained(name, revision=config.revision, dtype=jnp.dtype(config.dtype))
+    model, tokenizer = qwen_eqx.from_pretrained(
+        name, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
+    )
     config = wording.filled(config, tokenizer, transcoders.metadata)
     documents, asked = ask(config, transcoders, model, tokenizer)
     with locks.claimed(config.out):

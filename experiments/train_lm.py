@@ -9,14 +9,28 @@ if __name__ == "__main__":
 
     qwen_lab.stopping.install()  # before anything heavy is imported
 
-from qwen_lab import cli, figures, locks
+from contextlib import nullcontext
+
+from qwen_lab import cli, figures, hosts, joining, lm_runs, locks
 from qwen_lab.lm_runs import MODEL, LMRun
 from qwen_lab.lm_settings import LMConfig
 
 
 def main(config: LMConfig) -> None:
+    if (found := hosts.Hosts.of(config)) is not None:
+        share(config, found)
+        return
     run = LMRun(config)
     with locks.claimed(config.out):
+        run.open()
+        train(run)
+
+
+def share(config: LMConfig, found: hosts.Hosts) -> None:
+    """One of several processes that train together; the first speaks for all."""
+    cli.console.print(f"process {found.number} of {found.processes}, waiting for all at {found.coordinator}")
+    with locks.claimed(config.out) if found.number == 0 else nullcontext(), lm_runs.shared(config, found) as run:
+        cli.console.quiet = found.number > 0
         run.open()
         train(run)
 
@@ -42,6 +56,8 @@ def train(run: LMRun) -> None:
         advance(run.step)
         run.proceed(advance)
     last = run.finish()
+    if not joining.first():
+        return
     for family, rate in sorted(last["families"].items(), key=lambda item: -item[1]):
         apart = "  (never trained on)" if family in config.held_out_families else ""
         cli.console.print(f"{rate:5.0%}  {family}{apart}", markup=False)

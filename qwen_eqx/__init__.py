@@ -58,6 +58,7 @@ from qwen_eqx.reading.patching import Patched as Patched
 from qwen_eqx.reading.patching import Places as Places
 from qwen_eqx.reading.patching import attribution_patch as attribution_patch
 from qwen_eqx.reading.patching import patch_effects as patch_effects
+from qwen_eqx.reading.paths import Paths as Paths
 from qwen_eqx.reading.paths import path_patch as path_patch
 from qwen_eqx.sharding import make_mesh as make_mesh
 from qwen_eqx.sharding import shard as shard

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_eqx.errors import InputError
@@ -34,7 +36,6 @@ FULLY_SHARDED: dict[str, str] = {**TENSOR, "d_model": "data"}  # for training: w
 AnyMesh = Mesh | AbstractMesh
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
-ROWS, SITES_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")
 _LOG = logging.getLogger("qwen_eqx")  # warnings reach stderr unless somebody listens
 
 
@@ -46,21 +47,27 @@ def make_mesh(asked: str | Mesh = "auto", *, devices: Sequence[Any] | None = Non
     if isinstance(asked, Mesh):
         return _of_mesh(asked)
     there = list(jax.devices() if devices is None else devices)
-    sizes = _parsed(asked)
-    model = sizes.get("model", 1)
-    data = sizes.get("data", max(1, len(there) // model))
-    if data * model > len(there):
-        most = max((size for size in range(1, len(there) + 1) if model % size == 0), default=1)
-        such = f"data={len(there) // most},model={most}"
-        takes = f"found {asked!r}, which takes {data * model} devices"
-        raise InputError(f"mesh: {takes}, expected at most the {len(there)} there are, such as {such}")
+    data, model = sizes(asked, len(there))
     said = describe(data, model)
     if data * model < len(there):
         _LOG.warning("mesh %s: takes %d of the %d devices; the others stay idle", said, data * model, len(there))
-    elif asked != "auto" and "data" not in sizes:
+    elif asked != "auto" and "data" not in _parsed(asked):
         _LOG.warning("mesh %s: data was filled up to the %d devices", said, len(there))
     auto = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((data, model), AXES, axis_types=auto, devices=there[: data * model])
+
+
+def sizes(asked: str, devices: int) -> tuple[int, int]:
+    """Of data and model, as `--mesh` asks for them of so many devices; raises if they take more."""
+    said = _parsed(asked)
+    model = said.get("model", 1)
+    data = said.get("data", max(1, devices // model))
+    if data * model > devices:
+        most = max((size for size in range(1, devices + 1) if model % size == 0), default=1)
+        such = describe(devices // most, most)
+        takes = f"found {asked!r}, which takes {data * model} devices"
+        raise InputError(f"mesh: {takes}, expected at most the {devices} there are, such as {such}")
+    return data, model
 
 
 def describe(data: int, model: int) -> str:
@@ -139,7 +146,18 @@ def say_what_is_not_split(config: Any, mesh: AnyMesh, over: Mapping[str, str] = 
 def shard(model: Tree, mesh: Mesh, *, over: Mapping[str, str] = TENSOR) -> Tree:
     """The model with its weights on a mesh: what is computed with it then runs there."""
     say_what_is_not_split(model.config, mesh, over)  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.device_put(model, shardings(model, mesh, over=over))
+    return jax.tree.map(placed, model, shardings(model, mesh, over=over))
+
+
+def placed(array: Any, where: NamedSharding) -> jax.Array:
+    """It, there. What every process has whole each gives to its own devices: nothing is sent, nor compared."""
+    if where.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, where)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        words = placed(jax.random.key_data(array), where)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
 
 
 def mesh_of(model: Any) -> Mesh | None:
@@ -206,14 +224,14 @@ def rows_lacking(rows: int, mesh: Mesh | None, each: int = 1) -> int:
 
 def _rows_spec(rows: int, mesh: Mesh, axis: int = 0) -> PartitionSpec:
     """Rows over data; where it does not divide them every device has all."""
-    return PartitionSpec(*[None] * axis, "data") if rows % mesh.shape["data"] == 0 else PartitionSpec()
+    return rows_at(axis) if rows % mesh.shape["data"] == 0 else PartitionSpec()
 
 
 def place_rows(tree: Tree, mesh: Mesh | None) -> Tree:
     """Arrays whose first axis are rows, dealt to the devices."""
     if mesh is None:
         return tree
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, _rows_spec(leaf.shape[0], mesh))), tree)
+    return jax.tree.map(lambda leaf: placed(leaf, NamedSharding(mesh, _rows_spec(leaf.shape[0], mesh))), tree)
 
 
 def place_whole(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -221,7 +239,15 @@ def place_whole(tree: Tree, mesh: Mesh | None) -> Tree:
     if mesh is None:
         return tree
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole) if isinstance(leaf, jax.Array) else leaf, tree)
+    return jax.tree.map(lambda leaf: placed(leaf, whole) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def here(tree: Tree) -> Tree:
+    """A tree whose arrays lie whole on a device of this process, if they lie on those of several; all of them call this."""
+    mesh = mesh_of(tree)
+    if mesh is None or not mesh.is_multi_process:
+        return tree
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), place_whole(tree, mesh))
 
 
 def keep_rows(tree: Tree, mesh: Mesh | None, *, axis: int = 0, split: int | None = None) -> Tree:
@@ -238,6 +264,14 @@ def keep_rows(tree: Tree, mesh: Mesh | None, *, axis: int = 0, split: int | None
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(kept, tree)
+
+
+def rows_at(axis: int) -> PartitionSpec:
+    """Of an array whose `axis` are rows, dealt to the devices."""
+    return PartitionSpec(*[None] * axis, "data")
+
+
+ROWS, SITES_ROWS = rows_at(0), rows_at(1)
 
 
 def deals(rows: int, mesh: Mesh | None) -> bool:

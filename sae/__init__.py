@@ -13,8 +13,8 @@ from sae.data.statistics import statistics as statistics
 from sae.data.store import ActivationStore as ActivationStore
 from sae.data.writer import StoreWriter as StoreWriter
 from sae.errors import InputError as InputError
+from sae.evaluation import gallery as gallery
 from sae.evaluation import metrics as metrics
-from sae.evaluation import report as report
 from sae.evaluation.codes import encoded as encoded
 from sae.evaluation.survey import Survey as Survey
 from sae.evaluation.survey import promoted_tokens as promoted_tokens

@@ -27,6 +27,8 @@ import hypothesis
 import jax
 import pytest
 
+from browsing import browse as browse  # a fixture
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,4 +1,4 @@
-"""extract.py in processes of its own that cost little: forks of one that has imported everything and computed nothing.
+"""Commands in processes of their own that cost little: forks of one that has imported everything and computed nothing.
 
 With a cache of compilations they find their programs compiled, so a process costs about what it computes.
 """
@@ -35,13 +35,13 @@ def dying(after: int) -> Callable[[], None]:
     return count
 
 
-def start(flags: list[str], out: str, count: Callable[[], None] = never) -> int:
-    """The process that runs extract.py; `count` is called before and after each file operation, or each of a store's."""
+def start(flags: list[str], out: str, count: Callable[[], None] = never, script: str = str(extract.__file__)) -> int:
+    """The process that runs a command; `count` is called before and after each file operation, or each of a store's."""
     if child := os.fork():
         return child
     code = 99
     try:
-        code = _command([*flags, "--out", out], count)
+        code = _command([*flags, "--out", out], count, script)
     except BaseException:
         traceback.print_exc()
     os._exit(code)
@@ -52,13 +52,13 @@ def end(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _command(arguments: list[str], count: Callable[[], None]) -> int:
+def _command(arguments: list[str], count: Callable[[], None], script: str) -> int:
     for owner, name in REMOTE if storage.is_url(arguments[-1]) else LOCAL:
         setattr(owner, name, _around(count, getattr(owner, name)))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.argv = [extract.__file__, *arguments]
+    sys.argv = [script, *arguments]
     try:
-        runpy.run_path(extract.__file__, run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

@@ -1,7 +1,7 @@
 """Runs extract.py in several processes: `python host_extract.py WHERE FLAGS` prints what they exit with, as JSON.
 
-One process writes WHERE/whole, two WHERE/together. Of two that begin WHERE/killed one dies at its first shard; three go on.
-Two are told otherwise in WHERE/other.
+One process writes WHERE/whole, two WHERE/together, four WHERE/four. Of two that begin WHERE/killed one dies at its first
+shard; three go on. Two are told otherwise in WHERE/other.
 """
 
 import json
@@ -38,7 +38,7 @@ def at_its_first_shard() -> None:
         os.kill(os.getpid(), 9)
 
 
-ends = {"whole": run("whole", 1), "together": run("together", 2)}
+ends = {"whole": run("whole", 1), "together": run("together", 2), "four": run("four", 4)}
 ends["begun"] = run("killed", 2, at_its_first_shard)
 ends["left"] = sorted(path.name for path in (where / "killed" / "shards").glob("*.json"))  # pyright: ignore[reportArgumentType]
 ends["killed"] = run("killed", 3)

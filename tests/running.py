@@ -94,6 +94,13 @@ def run(script: Any, config: Any) -> str:
     return said.getvalue()
 
 
+BRIEF = {
+    "answered": 0,
+    "augmented": 0,
+    "timelines": 0,
+}  # of evaluate_sae's pages: what it does not generate and read again
+
+
 def small(out: Path, **fields: Any) -> RunConfig:
     return dataclasses.replace(SMALL, out=out, **fields)
 
@@ -115,5 +122,5 @@ def short_tasks(where: Path, count: int = 3) -> Path:
 SMALL_STAGES = (  # of pipeline.py
     "--extract.limit 3 --extract.max-new-tokens 2 --extract.batch-size 2 --extract.items-per-shard 1 "
     "--train.held-out 1 --train.d-sae 32 --train.k 4 --train.steps 4 --train.batch-size 32 --train.steps-per-call 2 "
-    "--train.buffer-rows 8192 --evaluate.limit 1 --evaluate.max-prompt 512 --evaluate.latents 2"
+    "--train.buffer-rows 8192 --evaluate.limit 1 --evaluate.max-prompt 512 --evaluate.answered 0 --evaluate.augmented 0"
 )

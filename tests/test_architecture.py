@@ -21,15 +21,15 @@ ORDER = {
         ],
         "reading": ["labelled", "lens", "attribution", "gradients", "patching", "paths"],
         "generation": [
-            "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "scheduler", "score",
-            "search",
+            "sample", "memory", "buffer", "prompts", "options", "progress", "engine", "generate", "seats", "scheduler",
+            "score", "search",
         ],
         "weights": ["hub", "hf"],
         "training": ["products", "loss", "lora", "sharding", "step", "loop"],
     },
     "arc": {
         "": [
-            "errors", "files", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
+            "errors", "files", "drawing", "grid", "task", "records", "encode", "spans", "augment", "prompt", "parse", "ask",
             "vote", "submission", "score", "family", "cells", "properties", "families_whole", "families_objects",
             "families_cells", "generators", "data", "canvas", "render",
         ],
@@ -49,7 +49,7 @@ ORDER = {
             "torchzip", "description", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "qwen_scope", "load",
             "circuit_tracer", "sets",
         ],
-        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "report"],
+        "evaluation": ["metrics", "codes", "matching", "probing", "survey", "neighbours", "gallery"],
     },
     "qwen_lab": {
         "": [
@@ -57,13 +57,14 @@ ORDER = {
             "hosts", "joining", "cli", "meshes", "claims", "tracking", "wording", "prompts", "completions", "corpus",
             "labels", "places", "texts", "loading", "marks", "passages", "seen", "prose", "puzzles", "corpora", "choosing",
             "rows", "space", "reading", "meter", "writing", "store_report", "extraction", "splicing", "sources",
-            "evaluation", "figures", "heat",
-            "pages", "settings", "sweeps", "runs", "jobs", "answering", "predictions", "solve_report", "lessons",
-            "exactness", "features", "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
+            "evaluation", "lens", "dashboards", "figures", "heat",
+            "settings", "sweeps", "runs", "jobs", "answering", "predictions", "sheets", "solve_report",
+            "timelines", "watching", "lessons", "exactness", "features", "answers", "invariance", "pages",
+            "rules", "lm_settings", "cards", "lm_runs", "exams", "stages", "pipeline_report",
         ],
         "circuits": [
-            "nodes", "influence", "neuronpedia", "page", "graph", "replacement", "rows", "tracing", "intervening", "puzzles",
-            "feature_pages",
+            "nodes", "influence", "neuronpedia", "page", "graph", "room", "replacement", "rows", "tracing", "intervening",
+            "puzzles", "feature_pages",
         ],
     },
 }  # fmt: skip

@@ -86,6 +86,7 @@ def test_the_tpu_compiler_exchanges_what_is_foretold_and_updates_in_place():
         gathered = ["1 all-gather"] * mesh.endswith("model=2")
         assert row["collectives"] == (", ".join([*gathered, f"{sums} all-reduce"] if sums else gathered) or "–")
         assert row["in place MB"] == row["outputs MB"]
+        assert row["copies MB"] == "–"  # the activation buffer lies as the loop wants it
 
 
 def test_llama_cpp_is_asked_and_shown(tmp_path: Path):

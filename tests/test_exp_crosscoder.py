@@ -42,13 +42,15 @@ def test_it_is_saved_with_its_sites_and_evaluated_at_each(trained: Path, tmp_pat
     assert isinstance(module, sae.Crosscoder)
     assert module.reads == module.writes == (2, 64)
     assert metadata["hook_name"] == "+".join(SITES)
-    evaluation = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=3, max_prompt=512, out=tmp_path)
+    evaluation = evaluate_sae.Config(
+        sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=0, max_prompt=512, out=tmp_path
+    )
     assert "the largest change of a logit is 0" in run(evaluate_sae, evaluation)
     measured = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert measured["form"] == "crosscoder"
     assert set(measured["sites"]) == set(SITES)
     assert np.isfinite(measured["ce_recovered"])
-    assert "crosscoder, 64 latents" in (tmp_path / "report.html").read_text()
+    assert "crosscoder, 64 latents" in (tmp_path / "features" / "data" / "index.js").read_text()
 
 
 def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(trained: Path, tmp_path: Path, monkeypatch):

@@ -28,8 +28,8 @@ def test_several_processes_write_the_store_of_one(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     ends = json.loads(done.stdout)
     assert ends == {
-        "whole": [0], "together": [0, 0], "begun": [0, -9], "left": [f"{number:06d}.json" for number in (0, 1, 2, 4)],
-        "killed": [0, 0, 0], "other": [2, 2],
+        "whole": [0], "together": [0, 0], "four": [0] * 4, "begun": [0, -9],
+        "left": [f"{number:06d}.json" for number in (0, 1, 2, 4)], "killed": [0, 0, 0], "other": [2, 2],
     }, done.stderr  # fmt: skip
     line = (
         "process 1 of 2 was told otherwise than process 0: found config.seed is 1 and 0, seed is 1 and 0, expected the"
@@ -38,7 +38,7 @@ def test_several_processes_write_the_store_of_one(tmp_path: Path):
     assert not (tmp_path / "other").exists()
     expected = contents(tmp_path / "whole")
     assert len(expected) == 11
-    for name in ("together", "killed"):
+    for name in ("together", "four", "killed"):
         assert contents(tmp_path / name) == expected
 
 

@@ -1,6 +1,7 @@
-"""train_sae.py in several processes: the dictionaries of one, a stop at one step, and an end where one is lost."""
+"""Training in several processes: the results of one, a stop at one step, and an end where one is lost."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -18,14 +19,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import qwen_eqx
 import sae
 import stores
+import train_lm
 import train_sae
-from qwen_lab import InputError, RunConfig, hosts, joining
+from qwen_lab import InputError, RunConfig, flags, hosts, joining
 from qwen_lab import jobs as lab_jobs
 from qwen_lab.hosts import Hosts
+from qwen_lab.lm_runs import LMRun
+from qwen_lab.lm_settings import LMConfig
 from qwen_lab.runs import Run
-from running import ROOT, run
+from running import ROOT, run, short_tasks
 from sae.training import checkpoint
 from tolerances import SAME_F32
 
@@ -132,13 +137,59 @@ def test_two_processes_train_what_one_does_stop_at_one_step_and_end_with_one(tmp
     assert "error: process 0 of 2 lost another one (" in errors[0]
 
 
-def test_a_source_that_cannot_be_shared_is_refused(tmp_path: Path):
-    asked = RunConfig(out=tmp_path / "out", coordinator="localhost:1", processes=2, process_id=0)
-    with pytest.raises(
-        InputError, match="--source: found live in 2 processes, expected store; --processes 1 works alone"
-    ):
-        train_sae.main(asked)
-    assert not (tmp_path / "out").exists()
+LM = (
+    "--blocks 1 --d-model 16 --heads 2 --kv-heads 2 --d-ff 16 --batch-size 4 --steps-per-call 2 --sides 3 4 "
+    "--families mirror --held-out-families frame --context-length 260 --encoder padded(4) --eval-tasks 1 --workers 0 "
+    "--warmup 2 --checkpoint-every 4 --eval-every 1000000 --optimizer adamw --steps 100"
+)
+LIVE = (
+    "--limit 5 --held-out 1 --prompts 4 --max-new-tokens 2 --d-sae 16 --k 2 --steps 4 --batch-size 16 "
+    "--steps-per-call 2 --buffer-rows 8192 --model tiny-random --dtype float32"
+)
+
+
+def test_models_and_dictionaries_of_a_running_model_train_so_too(tmp_path: Path):
+    """All of it in one harness, whose processes are forks: the start of each is what costs."""
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    own |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own |= {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
+    live = f"{LIVE} --tasks {short_tasks(tmp_path, 5)}"  # of one shape all
+    told = f"{LM} --mesh data=2,model=2", f"{live} --mesh data=4"
+    command = [sys.executable, str(ROOT / "tests" / "host_train.py"), str(tmp_path), *told]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own, timeout=10 * SECONDS)
+    said = {path.name: path.read_text() for path in tmp_path.glob("*.[01]")}
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout)
+    steps = [ends.pop(f"after {name}")[-1] for name in ("SIGTERM", "SIGINT", "SIGKILL")]
+    assert ends == {
+        "lm": [0, 0], "live": [0, 0], "SIGTERM": [75, 75], "SIGINT": [130, 75], "SIGKILL": [1, -signal.SIGKILL],
+    }, said  # fmt: skip
+    assert 0 < steps[0] < steps[1] < steps[2] < 100  # what was saved was gone on with
+    assert "interrupted: what was finished is saved" in said["lm.0"]
+    assert said["lm.1"].count("stopped: what was finished is saved") == 2
+    assert "error: process 0 of 2 lost another one (" in said["lm.0"]
+    model, _ = qwen_eqx.from_pretrained(tmp_path / "lm" / "model")
+    assert model.config.layers == 1
+
+    alone = flags.parse(LMConfig, None, [*LM.split(), "--out", str(tmp_path / "lm-alone")])
+    run(train_lm, alone)
+    found, expected = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("lm", "lm-alone")
+    )
+    for name in ("loss", "gradient_norm"):
+        # before the first stop: from then on calls hold other steps
+        np.testing.assert_allclose(*([line[name] for line in lines[:2]] for lines in (found, expected)), **SAME_F32)
+    assert found[-1]["families"].keys() == expected[-1]["families"].keys()
+    going_on = LMRun(dataclasses.replace(alone, out=tmp_path / "lm"))  # one process, with what two saved
+    going_on.open()
+    assert going_on.step == int(going_on.state.step) == 100
+    run(train_sae, flags.parse(RunConfig, None, [*live.split(), "--out", str(tmp_path / "live-alone")]))
+    found, expected = (
+        load_file(tmp_path / name / "sae" / "sae_weights.safetensors") for name in ("live", "live-alone")
+    )
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], **SAME_F32)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_who_has_used_a_device_cannot_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

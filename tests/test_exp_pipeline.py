@@ -114,7 +114,13 @@ def test_the_page_links_everything_and_fetches_nothing(made: Path):
     assert "default-src 'none'" in text
     inside = [link for link in page.links if not link.startswith(("#", "data:image/svg+xml;base64,"))]
     assert all((made / unquote(link)).exists() for link in inside)
-    expected = {"transform/challenges.json", "extract/shards", "train/sae", "evaluate/report.html", "pipeline.toml"}
+    expected = {
+        "transform/challenges.json",
+        "extract/shards",
+        "train/sae",
+        "evaluate/features/index.html",
+        "pipeline.toml",
+    }
     assert expected <= set(inside)
     scores = json.loads((made / "evaluate" / "metrics.json").read_text())["sae"]
     assert f">{scores['fvu']:.3g}<" in text
@@ -158,7 +164,7 @@ def test_a_stage_is_made_again_when_what_it_depends_on_changed(recipe: Path, mad
     shutil.copytree(made, out)
     shutil.rmtree(out / "train")  # of another directory: its store was named otherwise
     assert run(pipeline, told(recipe, out)).count(": whole, skipped") == 3
-    said = run(pipeline, told(recipe, out, "--evaluate.latents", "3", "--train.track", "none"))
+    said = run(pipeline, told(recipe, out, "--evaluate.examples", "3", "--train.track", "none"))
     assert said.count(": whole, skipped") == 3
     said = run(pipeline, told(recipe, out, "--train.steps", "6"))
     assert said.count(": whole, skipped") == 2

@@ -30,7 +30,7 @@ import steer
 import tolerances
 import train_sae
 from qwen_lab import corpus, errors, jobs, places, runs, settings, sources, splicing, stopping, texts
-from running import ROOT, run, run_experiment, short_tasks, small
+from running import BRIEF, ROOT, run, run_experiment, short_tasks, small
 from sae.evaluation import metrics
 
 WEIGHTS = "sae/sae_weights.safetensors"
@@ -230,7 +230,12 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
 
 
 def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(trained / "sae"),), latents=5, max_prompt=512, out=tmp_path))
+    said = run(
+        evaluate_sae,
+        evaluate_sae.Config(
+            sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=1, max_prompt=512, out=tmp_path
+        ),
+    )
     assert "the largest change of a logit is 0" in said
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     assert found["identity"] == 0.0
@@ -242,15 +247,25 @@ def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
     assert rows == sum(group["rows"] for group in found["task"].values()) == found["rows"]
     assert f"these are of {found['rows_of']}" in said
     assert re.fullmatch(rf"{rows:,.0f} rows of \d+ documents of [12] of 2 tasks: .*right answers", found["rows_of"])
-    page = (tmp_path / "report.html").read_text()
-    assert "test input" in page
-    assert "<script" not in page
+    site = tmp_path / "features"
+    told = json.loads((site / "data" / "index.js").read_text().removeprefix('receive("index",')[:-3])
+    assert [(one["key"], one["latents"]) for one in told["dictionaries"]] == [("0", 64)]
+    assert "steered" in dict(told["dictionaries"][0]["notes"])
+    assert '"title":"right answer"' in (site / "data" / "documents" / "0000.js").read_text()
+    page = (site / "data" / "0" / "0000.js").read_text()
+    for kind in ("turned", "recoloured", "reordered", "principal directions", '"steered":{'):
+        assert kind in page
     assert (tmp_path / "densities.svg").exists()
     assert (tmp_path / "breakdown.svg").exists()
+    assert f"answers being computed: {tmp_path / 'features' / 'tasks' / 'index.html'}" in said
+    (answer,) = [path for path in (tmp_path / "features" / "tasks").iterdir() if path.name != "index.html"]
+    told = json.loads(answer.read_text().partition('id="data">')[2].partition("</script>")[0])
+    assert all(len(step["top"]) <= 4 for step in told["steps"])  # what fires at all, of a dictionary with k=4
+    assert all(0 <= step["p"] <= 1 for step in told["steps"])
 
 
 def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
-    config = evaluate_sae.Config(sae=(str(trained / "sae"),), latents=1, limit=1, max_prompt=512, out=tmp_path / "same")
+    config = evaluate_sae.Config(sae=(str(trained / "sae"),), **BRIEF, limit=1, max_prompt=512, out=tmp_path / "same")
     assert "other text" not in run(evaluate_sae, config)
     same = json.loads((tmp_path / "same" / "metrics.json").read_text())["sae"]
     assert same["text"]["differs"] == []
@@ -314,7 +329,7 @@ def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_
     foreign = foreign.with_threshold(jax.random.normal(jax.random.key(1), (64, 144)))
     sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-random", "hook_name": "blocks.1.mlp.hook_post"})
     shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
-    config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, latents=2)
+    config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, **BRIEF)
     run(evaluate_sae, dataclasses.replace(config, max_prompt=512, out=tmp_path / "out"))
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
     picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
@@ -406,12 +421,17 @@ def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they
         for grid in document.grids:
             read = [[int(document.text[a:b]) for a, b in row] for row in grid.spans]
             assert np.array_equal(read, grid.cells)
-        lit = np.zeros(len(document.tokens), np.float32)
-        first = document.grids[0].spans[0][0][0]
-        lit[next(i for i, (a, b) in enumerate(document.offsets) if a <= first < b)] = 2.0
-        painted = document.painted(lit)
-        assert painted[0].activations[0, 0] == 2.0
-        assert sum((grid.activations > 0).sum() for grid in painted) < 30  # a token is no longer than that
+        for grid in (document.grids[0], document.grids[-1]):
+            held = document.tokens_of(grid)
+            for at, (start, end) in np.ndenumerate(
+                np.asarray([[tuple(span) for span in row] for row in grid.spans], "i,i")
+            ):
+                touched = [n for n, (a, b) in enumerate(document.offsets) if a < end and b > start]
+                assert list(range(*held[at])) == touched
+        begun = document.offsets[document.asked][0]
+        assert document.offsets[document.asked - 1][0] < len(document.prompt.text) <= begun
+        same = document.answered(document.grids[-1].cells, tokenizer)
+        assert (same.text, same.offsets, same.cells) == (document.text, document.offsets, document.cells)
 
 
 def test_what_splicing_costs_agrees_with_the_library():

@@ -23,7 +23,7 @@ from qwen_eqx.model.sites import KINDS
 from qwen_lab import loading, runs, splicing, stopping
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
-from running import run, short_tasks, small
+from running import BRIEF, run, short_tasks, small
 from sae.evaluation import metrics
 
 TRANSCODER = {"site": "blocks.1.hook_resid_mid", "target_site": "blocks.1.hook_mlp_out"}
@@ -109,7 +109,7 @@ def test_a_transcoder_is_saved_as_one_and_evaluated_where_it_writes(transcoder: 
     assert config["architecture"] == "topk_transcoder"
     assert not module.apply_b_dec_to_input
     assert (metadata["hook_name"], metadata["hook_name_out"]) == tuple(TRANSCODER.values())
-    evaluation = evaluate_sae.Config(sae=(str(transcoder / "sae"),), latents=3, max_prompt=512, out=tmp_path)
+    evaluation = evaluate_sae.Config(sae=(str(transcoder / "sae"),), **BRIEF, max_prompt=512, out=tmp_path)
     assert "the largest change of a logit is 0" in run(evaluate_sae, evaluation)
     found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
     trained = json.loads((transcoder / "metrics.json").read_text())["sae"]

@@ -17,7 +17,7 @@ import train_sae
 from qwen_lab import places, runs, settings, splicing, sweeps
 from qwen_lab.errors import InputError
 from qwen_lab.places import Dictionary, Place
-from running import run, short_tasks, small
+from running import BRIEF, run, short_tasks, small
 
 CONFIG = qwen_eqx.from_pretrained("tiny-random")[0].config
 ENDS = [[f"blocks.{layer}.{kind}" for layer in range(CONFIG.layers)] for kind in ("hook_resid_mid", "hook_mlp_out")]
@@ -35,7 +35,7 @@ def test_one_across_layers_is_trained_from_a_store_and_measured_layer_by_layer(t
     assert (found.n_layers, found.crosses, found.d_sae) == (CONFIG.layers, True, 64 // CONFIG.layers)
     assert (found.input_site, found.output_site) == ("hook_resid_mid", "hook_mlp_out")
     out = tmp_path / "evaluated"
-    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(tmp_path / "run" / "sae"),), latents=2, out=out, limit=1))
+    said = run(evaluate_sae, evaluate_sae.Config(sae=(str(tmp_path / "run" / "sae"),), **BRIEF, out=out, limit=1))
     assert "the largest change of a logit is 0" in said
     assert "in place of all MLPs (sae): " in said
     assert np.isfinite(json.loads((out / "replacement.json").read_text())["sae"]["kl_recovered"])
@@ -56,6 +56,9 @@ def test_the_axis_mlp_is_a_pair_of_sites():
     assert [str(each.place) for each in members] == [f"{ENDS[0][layer]}-to-{ENDS[1][layer]}" for layer in (0, 2)]
     made = [runs.make_module(each, 4, CONFIG.d_model) for each in members]
     assert [each.apply_b_dec_to_input for each in made] == [False, False]
+    config = settings.RunConfig(sweep=("mlp_in=1",), form="batchtopk")
+    (behind,) = sweeps.make_members(config, sweeps.combinations(config), places.in_model(CONFIG), ENDS[0][0])
+    assert str(behind.place) == f"blocks.1.mlp.hook_in-to-{ENDS[1][1]}"
 
 
 SMALL = tiny.model().config
@@ -95,6 +98,7 @@ def test_in_place_of_all_mlps_each_reads_what_those_before_it_left():
         ),
         ({"form": "clt", "site": f"{ENDS[0][0]}+{ENDS[0][1]}:{ENDS[1][1]}+{ENDS[1][0]}"}, "computes before"),
         ({"form": "clt", "sweep": ("mlp=0", "site=a")}, "--sweep: found mlp beside another axis of places"),
+        ({"form": "skip", "sweep": ("mlp=0", "mlp_in=1")}, "--sweep: found mlp beside another axis of places"),
     ],
 )
 def test_places_that_no_transcoder_has_are_refused(fields, said):

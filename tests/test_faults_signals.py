@@ -37,7 +37,7 @@ SMALL = {
     "train_sae": "--limit 3 --held-out 1 --max-new-tokens 2 --d-sae 32 --k 4 --steps 6 --batch-size 32 --steps-per-call 2 "
     "--max-prompt 512 --buffer-rows 8192",
     "steer": "--limit 1 --max-new-tokens 30000 --max-prompt 512 --latent 3",
-    "evaluate_sae": "--limit 3 --max-prompt 512 --latents 2",
+    "evaluate_sae": "--limit 3 --max-prompt 512 --timelines 0",
     "transform_dataset": "",
     "make_tiny_random": "",
     "train_lm": "--steps 6 --blocks 1 --d-model 16 --heads 2 --kv-heads 1 --d-ff 16 --families mirror --sides 3,4 "

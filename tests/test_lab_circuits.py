@@ -1,5 +1,8 @@
 """Attribution graphs: exact against brute force in float64, whatever the batch; influence by its definition."""
 
+import tracemalloc
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,11 +12,13 @@ from hypothesis import strategies as st
 import oracles
 import qwen_eqx
 from circuits_small import KINDS, TOKENS, traced, transcoders, whole
+from qwen_eqx.model.frozen import Targets
 from qwen_lab import circuits
-from qwen_lab.circuits import influence
+from qwen_lab.circuits import influence, rows
 from qwen_lab.circuits.graph import Graph
 from qwen_lab.circuits.influence import Edges
 from qwen_lab.circuits.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from qwen_lab.circuits.tracing import Logits, Tracer
 from qwen_lab.errors import InputError
 from tolerances import LOGITS_F32, SAME_F32
 
@@ -126,6 +131,79 @@ def test_a_graph_does_not_depend_on_the_batch_nor_on_the_order_of_targets():
     np.testing.assert_allclose(again, rows[order], **SAME_F32)
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 999)), min_size=1, max_size=60), st.integers(1, 9))
+def test_batches_hold_every_target_once(targets: list[tuple[int, int]], size: int):
+    layer, position = np.asarray(targets).T
+    found = list(rows.batches(layer, position, size, 1000))
+    assert max(map(len, found)) <= size
+    assert len(found) <= -(-len(targets) // size) + len(rows.ends(1000)) - 1
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(len(targets)))
+
+
+def test_a_sweep_that_ends_at_the_latest_target_finds_the_same(monkeypatch: pytest.MonkeyPatch):
+    (model, some), rng = transcoders("cross"), np.random.default_rng(0)
+    r = circuits.replace(model, some, TOKENS)
+    layer, vector = np.asarray([0, 2, 1, 2]), jnp.asarray(rng.normal(size=(4, model.config.d_model)).astype(np.float32))
+    for latest in (2, 3):
+        position = np.asarray([1, latest, 2, 0])
+        monkeypatch.setattr(rows, "STEP", 256)
+        whole = circuits.direct_effects(r, layer, position, vector, 4)
+        monkeypatch.setattr(rows, "STEP", 3)
+        assert rows.ends(len(TOKENS)) == [3, 6, 8]
+        np.testing.assert_allclose(circuits.direct_effects(r, layer, position, vector, 4), whole, **SAME_F32)
+
+
+def test_no_matrix_of_nodes_by_nodes_is_made():
+    """Of 17,000 nodes one would take 1.2 GB even in float32; edges alone take 12 bytes each."""
+    nodes, seen = 17_000, 6
+    depth = np.sort(np.random.default_rng(0).integers(24, size=nodes))
+    begin = np.searchsorted(depth, depth)
+    source = np.random.default_rng(1).integers(np.maximum(begin, 1)[:, None], size=(nodes, seen))
+    target = np.repeat(np.arange(nodes), seen)[np.repeat(begin > 0, seen)]
+    source = source[begin > 0].reshape(-1)
+    edges = Edges(source.astype(np.int32), target.astype(np.int32), np.ones(len(source), np.float32))
+    first, ends = np.where(depth == 23, 1.0, 0.0), (depth == 0) | (depth == 23)
+    tracemalloc.start()
+    try:
+        influence.prune(edges, first, depth, always=ends, fed=~ends, node_share=0.8, edge_share=0.98)
+        influence.scores(edges, first, depth, depth == 1, depth == 0)
+        Edges.joined([edges[np.arange(len(edges) // 2)], edges])
+        assert tracemalloc.get_traced_memory()[1] < 20 * 12 * len(edges)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_kept_of_a_trace_is_less_than_its_edges():
+    """8 features of all that fire are traced: the arrays of the tracer are rows of these, and vectors over sources."""
+    model, some = transcoders("plain")
+    r, options = circuits.replace(model, some, TOKENS), circuits.Options(batch=4, logits=3)
+    tracer = Tracer(some, r, Logits.of(model, r, options), options)
+    tracer.add_logits()
+    tracer.add_features(np.arange(0, 24, 3))
+    blocks = [block for known in tracer.levels.values() for block in known]
+    edges = sum(map(len, tracer.parts))
+    assert edges > 100
+    assert all(block.weight.any(axis=0).all() for block in blocks), "sources that no target has are not kept"
+    assert all(array.base is None for block in blocks for array in vars(block).values()), "no dense row is kept alive"
+    assert sum(array.nbytes for block in blocks for array in vars(block).values()) < 12 * edges
+    others = [value for value in vars(tracer).values() if isinstance(value, np.ndarray)]
+    assert all(value.shape == (r.constant + 3,) for value in others)
+
+
+def test_memory_is_known_beforehand():
+    """What a sweep reads, to the byte but for the padding of rows; what it takes beside, within what the compiler plans."""
+    model, some = transcoders("plain")
+    r, batch = circuits.replace(model, some, TOKENS), 16
+    room = circuits.Room.of(model.config, r.seq, r.sources.rows.shape[1] * r.sources.rows.shape[2], batch)
+    assert room.frozen == sum(leaf.nbytes for leaf in jax.tree.leaves(r.frozen))
+    assert room.sources == r.sources.rows.nbytes + r.sources.embed.nbytes
+    number = jnp.zeros(batch, jnp.int32)
+    targets = Targets(number, number, jnp.zeros((batch, model.config.d_model)))
+    blocks = r.sources.rows.shape[1]
+    plan = rows.swept.lower(r.frozen, r.sources, targets, r.seq, blocks).compile().compiled.memory_analysis()
+    assert room.sweep / 3 < plan.temp_size_in_bytes + plan.output_size_in_bytes < 3 * room.sweep
+
+
 def test_a_cap_keeps_the_features_of_most_influence_and_sums_the_others():
     few = traced("plain", circuits.Options(max_features=6, queue=2, batch=16, logits=3))
     nodes = few.nodes
@@ -181,6 +259,7 @@ def test_pruning_is_monotone(drawn: tuple[Edges, np.ndarray, np.ndarray], shares
     assert (less.edges <= more.edges).all()
     less, more = (pruned(drawn, share, 1.0) for share in shares)
     assert (less.nodes <= more.nodes).all()
+    assert (less.edges <= more.edges).all()
     edges, kept = drawn[0], more
     assert (kept.edges <= (kept.nodes[edges.source] & kept.nodes[edges.target])).all()
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import qwen_eqx
 import trace_circuit
-from circuits_small import TOKENS, transcoders, whole
+from circuits_small import EVERYTHING, KINDS, TOKENS, tokenizer, transcoders, whole
 from qwen_lab import circuits
 from qwen_lab.circuits import neuronpedia
 from qwen_lab.circuits.graph import Graph
-from qwen_lab.circuits.nodes import FEATURE, LOGIT
+from qwen_lab.circuits.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from qwen_lab.errors import InputError
 from running import run
 from tolerances import LOGITS_F32
@@ -24,20 +25,67 @@ def strongest(graph: Graph, count: int) -> list[str]:
     return [nodes.ids[n] for n in np.argsort(-nodes.influence) if nodes.kind[n] == FEATURE][:count]
 
 
-def test_with_all_else_frozen_logits_change_by_the_sum_of_edges():
-    (model, some), graph = transcoders("cross"), whole("cross")
+def named(graph: Graph, kind: int, count: int) -> list[str]:
+    """The nodes of a kind with the strongest edges to the first logit."""
+    nodes, edges = graph.nodes, graph.edges
+    into = edges.target == np.flatnonzero(nodes.kind == LOGIT)[0]
+    size = np.bincount(edges.source[into], np.abs(edges.weight[into]), minlength=len(nodes))
+    return [nodes.ids[n] for n in np.argsort(-size) if nodes.kind[n] == kind][:count]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_all_else_frozen_logits_change_by_the_sum_of_edges(kind: str):
+    """Of features held at activations, and of errors and tokens held at multiples of what they wrote."""
+    (model, some), graph = transcoders(kind), whole(kind)
     nodes, held = graph.nodes, dict(zip(strongest(graph, 3), (0.0, 2.5, -1.0), strict=True))
+    held |= dict(zip(named(graph, ERROR, 3), (0.0, 1.0, -2.0), strict=True))
+    held |= dict(zip(named(graph, TOKEN, 2), (0.0, 3.0), strict=True))
     outcome = circuits.intervene(model, some, graph, held)
+    size = 0.0
     for logit in np.flatnonzero(nodes.kind == LOGIT):
         expected = 0.0
         for name, value in held.items():
             at = nodes.find(name)
             edge = (graph.edges.source == at) & (graph.edges.target == logit)
-            expected += float(graph.edges.weight[edge].sum()) * (value / float(nodes.activation[at]) - 1)
+            was = float(nodes.activation[at]) if nodes.kind[at] == FEATURE else 1.0
+            expected += float(graph.edges.weight[edge].sum()) * (value / was - 1)
         change = outcome.frozen - outcome.plain
         found = change[nodes.index[logit]] - change.mean()
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        size = max(size, abs(expected))
+    assert size > 0.05
     assert np.abs(outcome.free - outcome.plain).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_and_tokens_are_held_in_the_model_itself(kind: str):
+    """As they were: nothing changes. Without them: the model that is edited so."""
+    (model, some), graph = transcoders(kind), whole(kind)
+    same = dict.fromkeys((*named(graph, ERROR, 2), *named(graph, TOKEN, 2)), 1.0)
+    outcome = circuits.intervene(model, some, graph, same)
+    np.testing.assert_allclose(outcome.free, outcome.plain, **LOGITS_F32)
+    np.testing.assert_allclose(outcome.frozen, outcome.plain, **LOGITS_F32)
+    outcome = circuits.intervene(model, some, graph, {f"E_{TOKENS[2]}_2": 0.0})
+    without = qwen_eqx.Ablate(site="hook_embed", where=[2])
+    expected, _ = model.run_with_capture(TOKENS, [], edits=[without], logits="last")
+    np.testing.assert_allclose(outcome.free, expected, **LOGITS_F32)
+    last, end = model.config.layers - 1, len(TOKENS) - 1
+    r = circuits.replace(model, some, TOKENS)
+    error = np.asarray(r.passed.mlp_out[last, end]) - r.made[last, end]
+    outcome = circuits.intervene(model, some, graph, {f"{last}_-1_{end}": 0.0})
+    np.testing.assert_allclose(outcome.free, model.logits(r.passed.last[end] - error), **LOGITS_F32)
+    first = circuits.intervene(model, some, graph, {"0_-1_0": 0.0})
+    np.testing.assert_allclose(first.free, first.plain, **LOGITS_F32)  # the first position's MLPs are not replaced
+
+
+def test_a_graph_does_not_depend_on_the_mesh():
+    (model, some), expected = transcoders("cross"), whole("cross")
+    many = qwen_eqx.shard(model, qwen_eqx.make_mesh("data=1,model=2"))
+    found = circuits.trace(many, tokenizer(), some, TOKENS, EVERYTHING)
+    assert found.nodes.ids == expected.nodes.ids
+    order, other = (np.lexsort((edges.source, edges.target)) for edges in (found.edges, expected.edges))
+    np.testing.assert_array_equal(found.edges.source[order], expected.edges.source[other])
+    np.testing.assert_allclose(found.edges.weight[order], expected.edges.weight[other], **LOGITS_F32)
 
 
 def test_a_feature_held_at_its_own_value_changes_nothing_and_the_last_layers_go_straight_to_the_norm():
@@ -56,18 +104,19 @@ def test_a_feature_held_at_its_own_value_changes_nothing_and_the_last_layers_go_
     np.testing.assert_allclose(outcome.free, expected, **LOGITS_F32)
 
 
-def test_a_group_is_held_as_its_members_and_what_is_no_feature_is_refused():
+def test_a_group_is_held_as_its_members_and_a_logit_is_refused():
     (model, some), graph = transcoders("cross"), whole("cross")
-    names = strongest(graph, 2)
+    names = [*strongest(graph, 2), *named(graph, ERROR, 1)]
     grouped = dataclasses.replace(graph, groups={"rule": names})
     one = circuits.intervene(model, some, grouped, {"rule": 0.0})
     other = circuits.intervene(model, some, graph, dict.fromkeys(names, 0.0))
     np.testing.assert_array_equal(one.free, other.free)
-    with pytest.raises(InputError, match="found '0_-1_3', expected a feature"):
-        circuits.intervene(model, some, graph, {"0_-1_3": 0.0})
+    logit = named(graph, LOGIT, 1)[0]
+    with pytest.raises(InputError, match=f"found '{logit}', a logit, expected a feature"):
+        circuits.intervene(model, some, graph, {logit: 0.0})
     with pytest.raises(InputError, match="found 'no', expected one of the graph's"):
         circuits.intervene(model, some, graph, {"no": 0.0})
-    with pytest.raises(InputError, match="expected each feature once"):
+    with pytest.raises(InputError, match="expected each node once"):
         circuits.intervene(model, some, grouped, {"rule": 0.0, names[0]: 1.0})
 
 
@@ -150,7 +199,9 @@ def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
     assert len(graph.tokens) == len(graph.pieces)
     (address,) = set(re.findall(r'"pages":"(.*?)"', (tmp_path / "circuit.html").read_text()))
     page, _, anchor = address.format(layer=1, latent=18).partition("#")  # of one of the strongest
-    assert f'id="{anchor}"' in (tmp_path / page).read_text()
+    assert anchor == "/1/18"
+    columns = ((tmp_path / page).parent / "data" / "1" / "index.js").read_text()
+    assert 18 in json.loads(columns.partition(",")[2][:-3])["latent"]
     assert set(trace_circuit.WRITTEN) <= {path.name for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match="--hold: found '1_2', expected a node's name and a number"):
         run(trace_circuit, dataclasses.replace(config, hold=("1_2",), out=tmp_path / "other"))

@@ -16,11 +16,12 @@ DTYPES = ["bfloat16", "float16", "float32"]
 SHAPE = {"sites": 2, "batch": 3, "new": 4, "d_model": 5}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "platform"), [*((dtype, None) for dtype in DTYPES), ("bfloat16", "tpu")])
 @given(data=st.data())
-def test_columns_hold_what_live_rows_wrote_last(dtype, data):
+def test_columns_hold_what_live_rows_wrote_last(dtype, platform, data):
     """The oracle is a NumPy array of the same dtype, written row by row."""
-    buffer, expected = ActivationBuffer.init(**SHAPE, dtype=dtype), np.zeros(tuple(SHAPE.values()), jnp.dtype(dtype))
+    buffer = ActivationBuffer.init(**SHAPE, dtype=dtype, platform=platform)
+    expected = np.zeros(tuple(SHAPE.values()), jnp.dtype(dtype))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     for _ in range(data.draw(st.integers(0, 5))):
         column = data.draw(st.integers(0, SHAPE["new"] - 1))
@@ -31,6 +32,7 @@ def test_columns_hold_what_live_rows_wrote_last(dtype, data):
     for found in (buffer.values, eqx.filter_jit(lambda b: b.values)(buffer)):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(np.asarray(found), expected)
+    np.testing.assert_array_equal(np.asarray(buffer.first(2).values), expected[:, :2])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -19,7 +19,7 @@ import scaling
 import strategies
 import tiny
 from qwen_eqx import Qwen, QwenConfig, sharding
-from qwen_eqx.generation import scheduler
+from qwen_eqx.generation import scheduler, seats
 from tolerances import SAME_F32
 
 CONFIG = QwenConfig("qwen2", 96, 16, 1, 4, 2, 6, 24, 64, rope_theta=10_000.0)
@@ -108,9 +108,8 @@ def test_a_mesh_changes_no_result(call: Callable[[Qwen], list[Any]], spec: str):
     same(call(model(spec)), on_one_device(call))
 
 
-@pytest.mark.parametrize(
-    ("call", "spec"), [(scheduled, "data=4,model=2"), (scored, "data=4,model=2"), (beamed, "data=2,model=2")]
-)
+@pytest.mark.parametrize("spec", ["data=1", "data=2", "data=2,model=2", "data=4,model=2"])
+@pytest.mark.parametrize("call", [scheduled, scored, beamed])
 def test_nor_does_it_change_what_is_built_of_generation(call: Callable[[Qwen], list[Any]], spec: str):
     same(call(model(spec)), on_one_device(call))
 
@@ -130,6 +129,41 @@ def test_batches_of_any_size(data: st.DataObject, spec: str, rows: int):
     same([found.tokens, found.log_probs], [expected.tokens[:rows], expected.log_probs[:rows]])
 
 
+# seven slots, of which eight are made on four groups of devices
+SEVEN: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "max_prompt_tokens": 5,
+    "stop_tokens": [5],
+    "slots": 7,
+    "order": "arrival",
+}
+
+
+@settings(max_examples=5)
+@given(st.lists(st.lists(st.integers(1, 95), min_size=1, max_size=5), min_size=1, max_size=9), st.sampled_from([1, 2]))
+def test_a_schedule_of_any_length(prompts: list[list[int]], samples: int):
+    """Neither prompts nor slots need be a multiple of the axis; each group of devices reads the prompts of its slots."""
+    found = list(qwen_eqx.schedule(model("data=4"), prompts, samples=samples, **SEVEN))
+    expected = list(qwen_eqx.schedule(model(), prompts, samples=samples, **SEVEN))
+    for one, other in zip(found, expected, strict=True):
+        same([*one[:4], *one[4:6]], [*other[:4], *other[4:6]])
+
+
+def test_each_group_of_devices_reads_the_prompts_of_its_own_slots(monkeypatch: pytest.MonkeyPatch):
+    calls, read = list[tuple[int, ...]](), scheduler._read
+
+    def counted(model: Qwen, generator: Any, tokens: Any, lengths: Any) -> Any:
+        calls.append(tuple(np.asarray(lengths).tolist()))
+        return read(model, generator, tokens, lengths)
+
+    monkeypatch.setattr(scheduler, "_read", counted)
+    assert len(list(qwen_eqx.schedule(model("data=4"), PROMPTS, **SEVEN))) == 6
+    assert calls == [(3, 2, 1, 4), (2, 1, 1, 1)]  # two groups have no prompt of their own left, and read the last along
+    calls.clear()
+    assert len(list(qwen_eqx.schedule(model("data=4"), PROMPTS[:3], samples=4, **SEVEN))) == 12
+    assert calls == [(3,) * 4, (2,) * 4, (1,) * 4]  # samples share what was read
+
+
 def test_a_device_makes_of_its_rows_bit_for_bit_what_one_alone_makes_of_them():
     prompts, how = [*PROMPTS, [3], [9, 9]], {"max_new_tokens": 4, "capture": qwen_eqx.Capture(layers=[0])}
     whole = qwen_eqx.generate(model("data=4"), prompts, **how)
@@ -139,6 +173,20 @@ def test_a_device_makes_of_its_rows_bit_for_bit_what_one_alone_makes_of_them():
         np.testing.assert_array_equal(whole.tokens[at : at + 2], alone.tokens)
         np.testing.assert_array_equal(whole.log_probs[at : at + 2], alone.log_probs)
         np.testing.assert_array_equal(whole.activations[:, at : at + 2], alone.activations)
+
+
+def test_a_buffer_in_the_order_of_a_tpu_holds_the_same(monkeypatch: pytest.MonkeyPatch):
+    """There columns stand before rows; nobody sees it."""
+    how: dict[str, Any] = {"max_new_tokens": 4, "capture": qwen_eqx.Capture(layers=[0]), "stop_tokens": [5]}
+    found = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(sharding, "platform", lambda model, platform=platform: platform)
+        out = qwen_eqx.generate(model("data=2"), PROMPTS[:3], **how)
+        done = qwen_eqx.schedule(model("data=2"), PROMPTS[:3], slots=2, order="arrival", **how)
+        rows = [np.asarray(one.activations)[:, : one.length] for one in done if one.activations is not None]
+        found.append([out.activations, out.tokens, *rows])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_progress_is_that_of_the_rows_that_were_asked_for():
@@ -160,13 +208,18 @@ def test_a_capture_stays_where_it_was_computed():
 COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
 
 
-def stepping(spec: str) -> tuple[Any, Any]:
-    """The compiled loop of the scheduler, and the state it is given."""
+def slots(spec: str) -> tuple[Qwen, Any, Any]:
+    """A model, what generates with it, and the state of eight slots."""
     many = model(spec, layers=2)
-    capture = qwen_eqx.Capture(layers=[0, 1])
+    capture = qwen_eqx.Capture(layers=[0, 1], positions="all")
     options = scheduler.ScheduleOptions(max_new_tokens=4, slots=8, sampler=SAMPLER, edits=EDITS[2:], capture=capture)
     generator = scheduler.Generator.init(many, options, prompts=8, width=8)
-    state = scheduler._vacant(many, generator, 8)
+    return many, generator, scheduler._vacant(many, generator, 8)
+
+
+def stepping(spec: str) -> tuple[Any, Any]:
+    """The compiled loop of the scheduler, and the state it is given."""
+    many, generator, state = slots(spec)
     run: Any = scheduler._run
     return run.lower(scheduler._Program(many, generator), state).compile().compiled, state
 
@@ -183,5 +236,23 @@ def test_decoding_takes_the_collectives_that_are_foretold_and_updates_its_state_
     of_bytes = [(kind, 4 * math.prod(map(int, dimensions))) for kind, dimensions in sizes]
     assert Counter(of_bytes) == Counter((each.kind, each.bytes) for each in foretold)
     assert len(found) - len(exchanged) == (mesh.shape["data"] > 1)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+
+
+def test_prompts_are_read_and_enter_their_slots_without_any_exchange():
+    many, generator, state = slots("data=4")
+    tokens, lengths = sharding.place_rows((jnp.ones((4, 8), jnp.int32), jnp.full(4, 8)), sharding.mesh_of(many))
+    read: Any = scheduler._read
+    admit: Any = seats.admit
+    assert COLLECTIVE.findall(read.lower(many, generator, tokens, lengths).compile().compiled.as_text()) == []
+    prompt = read(many, generator, tokens, lengths)
+    assert {part.data.shape for part in prompt.cache.layers[0].keys.addressable_shards} == {(1, 2, 12, 6)}
+    free = seats.Seats(*(jnp.zeros(4, kind) for kind in (jnp.int32, jnp.int32, bool)))
+    free = sharding.place_rows(free, sharding.mesh_of(many))
+    keys = sharding.place_rows(state.keys[:4], sharding.mesh_of(many))
+    admission = seats.Admission(many, generator, prompt, keys, free)
+    compiled = admit.lower(admission, state).compile().compiled
+    assert COLLECTIVE.findall(compiled.as_text()) == []
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes == held

@@ -11,7 +11,7 @@ import oracles
 import qwen_eqx
 import tiny
 import tolerances
-from qwen_eqx import Ablate, InputError, Patch, Places, Qwen, Steer
+from qwen_eqx import Ablate, InputError, Patch, Paths, Places, Qwen, Steer
 
 CLEAN, CORRUPTED = [5, 9, 1, 46, 0], [5, 9, 7, 46, 0]
 SEQ = len(CLEAN)
@@ -68,7 +68,7 @@ def test_paths_are_the_loop_s():
     """Sender's clean value in, all other heads held; the receivers as they were then, in a plain run."""
     model, config = tiny.model(), tiny.CONFIGS["qwen2"]
     receivers = {"blocks.1.attn.hook_q": [0, 3], "blocks.1.hook_resid_post": None}
-    found = qwen_eqx.path_patch(model, CLEAN, CORRUPTED, metric, receivers, at_once=3)
+    found = qwen_eqx.path_patch(model, CLEAN, CORRUPTED, metric, Paths(receivers), at_once=3)
     held = [f"blocks.{layer}.{kind}" for layer in range(2) for kind in ("attn.hook_z", "hook_mlp_out")]
     everywhere, d_head = np.arange(SEQ), config.d_head
     own, clean = (model.run_with_capture(prompt, held)[1] for prompt in (CORRUPTED, CLEAN))
@@ -89,7 +89,7 @@ def test_paths_are_the_loop_s():
 
 def test_from_the_last_block_s_heads_all_paths_end_in_its_stream():
     model, receivers = tiny.model(), {"blocks.1.hook_resid_post": None}
-    found = qwen_eqx.path_patch(model, CLEAN, CORRUPTED, metric, receivers, mlps="free").change
+    found = qwen_eqx.path_patch(model, CLEAN, CORRUPTED, metric, Paths(receivers, mlps="free")).change
     exact = qwen_eqx.patch_effects(model, CLEAN, CORRUPTED, metric, Places("z", "head")).change
     np.testing.assert_allclose(found.at(layer=1).values, exact.at(layer=1).values, **tolerances.LOGITS_F32)
 
@@ -164,9 +164,10 @@ WRONG = {
     "no block": (lambda: qwen_eqx.patch_effects(MODEL, CLEAN, CORRUPTED, metric, Places(layers=[2])), ["blocks.2"]),
     "no layers": (lambda: qwen_eqx.patch_effects(MODEL, CLEAN, CORRUPTED, metric, Places(layers=[])), ["at least one"]),
     "none at once": (lambda: qwen_eqx.patch_effects(MODEL, CLEAN, CORRUPTED, metric, at_once=0), ["at_once"]),
-    "no receiver": (lambda: qwen_eqx.path_patch(MODEL, CLEAN, CORRUPTED, metric, {}), ["receivers: found none"]),
+    "no receiver": (lambda: qwen_eqx.path_patch(MODEL, CLEAN, CORRUPTED, metric, Paths({})), ["receivers: found none"]),
     "a head": (
-        lambda: qwen_eqx.path_patch(MODEL, CLEAN, CORRUPTED, metric, {"blocks.1.attn.hook_k": [2]}), ["head 2", "0..1"]
+        lambda: qwen_eqx.path_patch(MODEL, CLEAN, CORRUPTED, metric, Paths({"blocks.1.attn.hook_k": [2]})),
+        ["head 2", "0..1"],
     ),
     "no token": (lambda: qwen_eqx.grad_at(MODEL, [], [], metric), ["tokens: found 0"]),
 }  # fmt: skip

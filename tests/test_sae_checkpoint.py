@@ -54,7 +54,7 @@ def test_no_room_for_a_directory_is_a_full_disk_too(tmp_path, monkeypatch):
     for write in (
         lambda where: checkpoint.save(where, 1, {"a": jnp.zeros(2)}),
         lambda where: sae.save(module, where),
-        lambda where: sae.report.write(where / "page.html", "title", []),
+        lambda where: sae.gallery.write(where / "site", "title", [], []),
     ):
         with pytest.raises(DiskFull, match=r"new.*: found [\d,]+ bytes free .*, expected room for [\d,]+$"):
             write(tmp_path / "new" / "deep")

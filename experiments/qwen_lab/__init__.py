@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qwen_lab.jobs import open_job as open_job
     from qwen_lab.jobs import train as train
     from qwen_lab.loading import load_dictionary as load_dictionary
-    from qwen_lab.pages import write_page as write_page
+    from qwen_lab.pages import Detail as Detail
+    from qwen_lab.pages import write_gallery as write_gallery
     from qwen_lab.places import Dictionary as Dictionary
     from qwen_lab.places import Place as Place
     from qwen_lab.prompts import Item as Item

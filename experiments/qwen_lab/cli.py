@@ -1,7 +1,10 @@
 """A command's edge: typed flags in, an exit code out, and what is shown in between."""
 
+import io
+import math
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +27,7 @@ DEMOS = {
     "tiny-arc": "is a small model trained on made-up puzzles with grids of 3 to 6 a side; of others it solves few.",
     "tiny-random": "has random weights: it shows that everything runs, its answers mean nothing.",
 }
+_PAUSE = 0.2  # seconds between two states of a bar in a notebook
 console = Console(highlight=False, soft_wrap=True)
 ConfigT = TypeVar("ConfigT")
 ItemT = TypeVar("ItemT")
@@ -92,16 +96,47 @@ def bar(total: int | None, what: str, unit: str) -> Iterator[Callable[..., None]
         rich.progress.TextColumn(f"{unit} · {{task.fields[rate]}}{{task.fields[note]}}"),
         rich.progress.TimeRemainingColumn(),
     )
-    with stopping.held(), rich.progress.Progress(*columns, console=console, transient=False) as shown:
+    here = console.is_jupyter  # where rich's own bar needs ipywidgets, and shows nothing without
+    with stopping.held(), rich.progress.Progress(*columns, console=console, disable=here) as shown:
         task = shown.add_task(what, total=total, rate="", note="")
+        line = _Line(shown) if here else None
 
         def advance(n: int, note: str = "") -> None:
             shown.update(task, advance=n)
             speed = shown.tasks[0].finished_speed or shown.tasks[0].speed
             rate = "" if not speed else f"{speed:.1f}/s " if speed >= 1 else f"{1 / speed:.1f} s each "
             shown.update(task, rate=rate, note=escape(note))
+            if line is not None:
+                line.show()
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            if line is not None:
+                line.show(last=True)
+
+
+class _Line:
+    """A bar in a notebook: one output of its cell, written over."""
+
+    def __init__(self, progress: rich.progress.Progress):
+        self.progress, self.shown, self.handle = progress, -math.inf, None
+        self.show()
+
+    def show(self, last: bool = False) -> None:
+        from IPython.display import display  # a notebook has it
+
+        if (now := time.monotonic()) - self.shown < _PAUSE and not last:
+            return
+        self.shown = now
+        drawn = Console(file=io.StringIO(), width=120, force_jupyter=False, color_system=None)
+        with drawn.capture() as text:
+            drawn.print(self.progress.get_renderable())
+        said = {"text/plain": text.get().strip()}
+        if self.handle is None:
+            self.handle = display(said, raw=True, display_id=True)
+        else:
+            self.handle.update(said, raw=True)
 
 
 def check_platform() -> None:

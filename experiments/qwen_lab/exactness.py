@@ -9,7 +9,7 @@ import numpy as np
 import arc
 import qwen_eqx
 from qwen_eqx import training
-from qwen_eqx.sharding import mesh_of
+from qwen_eqx.sharding import here, mesh_of
 from qwen_eqx.training import sharding
 from qwen_lab import lessons
 
@@ -33,8 +33,9 @@ def exact(model: qwen_eqx.Qwen, teacher: lessons.Teacher, tasks: Sequence[arc.Ta
     for begin in range(0, len(pairs), ROWS):
         part = pairs[begin : begin + ROWS]
         rows = [lesson for _, lesson in part] + [part[0][1]] * (ROWS - len(part))
-        batch = jax.device_put(teacher.padded(rows), None if mesh is None else sharding.by_documents(mesh, ROWS, 0))
-        right = np.asarray(_exact(model, batch))
+        batch = teacher.padded(rows)
+        batch = batch if mesh is None else sharding.place_batch(batch, mesh, 0)
+        right = np.asarray(here(_exact(model, batch)))
         for (family, _), one in zip(part, right, strict=False):
             found[family].append(bool(one))
     return found

@@ -49,13 +49,14 @@ def codes_of(dictionary: Dictionary, data: Data) -> Code:
     return lambda number: sae.encoded(dictionary.module, dictionary.read(data.acts[number]))
 
 
-def controls(dictionary: Dictionary, data: Data, blank: Data, halves: Halves, seed: int) -> dict[str, Code]:
+def controls(dictionary: Dictionary, data: Data, blank: Data | None, halves: Halves, seed: int) -> dict[str, Code]:
     """What fires without having been learned: single dimensions, principal directions, random latents, a random model.
 
-    Directions count in both signs. `blank` is the same documents read by a model of the same shape with random weights.
+    Directions count in both signs. `blank` is the same documents read by a model of the same shape with random weights;
+    without it the others are given.
     """
     rows = [np.asarray(dictionary.read(acts), np.float32) for acts in data.acts]
-    others = [np.asarray(dictionary.read(acts), np.float32) for acts in blank.acts]
+    others = [np.asarray(dictionary.read(acts), np.float32) for acts in (blank.acts if blank else ())]
     module = dictionary.module
     drawn = jax.random.normal(jax.random.key(seed), (module.d_sae, rows[0].shape[-1]), jnp.float32)
     rate = float(np.mean([(codes_of(dictionary, data)(n) > 0).mean() for n in halves.choosing[:8]]))
@@ -63,7 +64,7 @@ def controls(dictionary: Dictionary, data: Data, blank: Data, halves: Halves, se
         "dimensions": _both_signs(rows, np.eye(rows[0].shape[-1], dtype=np.float32), halves),
         "principal directions": _both_signs(rows, _principal(rows, halves), halves),
         "random directions": _fires_as_often(rows, np.asarray(drawn), rate, halves),
-        "random weights": _both_signs(others, _principal(others, halves), halves),
+        **({"random weights": _both_signs(others, _principal(others, halves), halves)} if others else {}),
     }
 
 

@@ -12,7 +12,6 @@ import qwen_eqx
 import sae
 from qwen_eqx import sharding
 from qwen_lab import cli, corpora, files, joining, locks, places, prompts, runs, sources, sweeps, wording
-from qwen_lab.errors import InputError
 from qwen_lab.hosts import Hosts
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
@@ -20,7 +19,6 @@ from qwen_lab.sweeps import Member
 from qwen_lab.texts import Text
 from sae.training import checkpoint
 
-OWN = ("store", "out", "process_id", "coordinator")  # flags that processes may be told differently
 ModelAndTokenizer = tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]
 
 
@@ -58,16 +56,20 @@ def open_job(config: RunConfig, loaded: ModelAndTokenizer | None = None) -> Job:
 @contextmanager
 def shared_job(config: RunConfig, hosts: Hosts) -> Iterator[Job]:
     """As `open_job`, of several processes that join once all have found the same code, flags, data and checkpoints."""
-    if config.source == "live":
-        raise InputError(
-            f"--source: found live in {hosts.processes} processes, expected store; --processes 1 works alone"
-        )
     check(config)
-    job = _replay(config, sweeps.combinations(config))
+    combined = sweeps.combinations(config)
+    said = joining.flags_of(config) | {"last checkpoint": checkpoint.steps(runs.checkpoints(config))[-1:]}
+    if config.source == "live":
+        with joining.together(hosts, said | {"model": joining.files_of(config.model, config.revision)}, config.out):
+            cli.check_platform()
+            job = _live(config, combined, None)
+            joining.expect_same("prompts", job.source.seen.said["digest"])
+            yield job
+        return
+    job = _replay(config, combined)
     store = job.source.store  # pyright: ignore[reportAttributeAccessIssue]
-    said = {f"config.{name}": value for name, value in files.jsonable(config).items() if name not in OWN}
     said |= {"store's manifest": files.digest(store.manifest.to_json()), "data": job.source.seen.said["digest"]}
-    said |= {"rows in the store": len(store), "last checkpoint": checkpoint.steps(runs.checkpoints(config))[-1:]}
+    said |= {"rows in the store": len(store)}
     with joining.together(hosts, said, config.out):
         cli.check_platform()
         yield dataclasses.replace(job, mesh=config.open_mesh())

@@ -1,6 +1,7 @@
 """Several processes as one program: they join before JAX looks for devices, stop at one step, and leave together."""
 
 import functools
+import hashlib
 import os
 import signal
 import time
@@ -10,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from qwen_lab import provenance, stopping
+from qwen_eqx import sharding
+from qwen_eqx.weights import hub
+from qwen_lab import files, provenance, stopping
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.hosts import WAIT, Hosts
+
+OWN = ("store", "out", "process_id", "coordinator")  # flags that processes may be told differently
 
 HEARTBEAT = 60  # seconds without a word until JAX ends all others of one that is gone
 LAST_WORDS = 3.0  # seconds that process 0, whose end ends all, leaves the others to say why they end
@@ -58,6 +64,44 @@ def joined() -> bool:
 def first() -> bool:
     """Whether this process writes what one of them has to."""
     return not joined() or jax.process_index() == 0
+
+
+def flags_of(config: Any) -> dict[str, Any]:
+    """What processes have to be told alike."""
+    return {f"config.{name}": value for name, value in files.jsonable(config).items() if name not in OWN}
+
+
+def files_of(model: str, revision: str | None = None) -> dict[str, int]:
+    """Names and sizes of a model's files, by which processes see that they read the same."""
+    return {path.name: path.stat().st_size for path in sorted(hub.locate(model, revision).iterdir()) if path.is_file()}
+
+
+def expect_same(what: str, digest: str) -> None:
+    """Of processes that have joined: raises in all of them unless they found the same."""
+    if joined():
+        said = hashlib.sha256(digest.encode()).digest()
+        everybody = np.asarray(multihost_utils.process_allgather(np.frombuffer(said, np.uint8)))
+        other = np.flatnonzero((everybody != everybody[0]).any(axis=1))
+        if other.size:
+            found = f"other {what} in process {other[0]} than in process 0"
+            raise InputError(f"--processes: found {found}, expected the same in all")
+
+
+def on_host(tree: Any) -> Any:
+    """Its arrays, one after another, on the host of the first process, which alone gets them; all call this."""
+    if not joined():
+        return tree
+
+    def fetched(leaf: Any) -> Any:
+        whole = sharding.here(leaf)
+        return np.asarray(whole) if first() else None
+
+    return jax.tree.map(fetched, tree)
+
+
+def stops(call: int) -> bool:
+    """Whether to stop at this call, the same one in all processes, each of which counts its calls."""
+    return all_stop(call) if joined() else stopping.asked()
 
 
 def all_stop(call: int) -> bool:

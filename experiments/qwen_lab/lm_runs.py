@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,31 @@ import numpy as np
 import arc
 import qwen_eqx
 from qwen_eqx import training
-from qwen_lab import cards, exactness, files, lessons, provenance, stopping, tracking, wording
+from qwen_lab import cards, cli, exactness, files, joining, lessons, provenance, stopping, tracking, wording
 from qwen_lab.errors import InputError, RunError
+from qwen_lab.hosts import Hosts
 from qwen_lab.lm_settings import LMConfig, check, course, settled, start, train_config
 from sae.training import checkpoint
 
 Advance = Callable[..., None]
 METRICS, MODEL = tracking.METRICS, "model"
+
+
+def checkpoints(config: LMConfig) -> Path:
+    """Where a run keeps them."""
+    return config.out / "checkpoints"
+
+
+@contextmanager
+def shared(config: LMConfig, hosts: Hosts) -> Iterator["LMRun"]:
+    """A run of several processes, which join once all have found the same code, flags, model and checkpoints."""
+    check(config)
+    said = joining.flags_of(config) | {"last checkpoint": checkpoint.steps(checkpoints(config))[-1:]}
+    with joining.together(hosts, said | {"model": joining.files_of(config.init or config.tokenizer)}, config.out):
+        cli.check_platform()
+        run = LMRun(config)
+        joining.expect_same("tasks", str(run.settled.get("tasks_digest")))
+        yield run
 
 
 class LMRun:
@@ -39,6 +58,7 @@ class LMRun:
         state = training.init(self.model, train_config(config))
         self.state = state if self.mesh is None else training.place(state, self.mesh)
         self.step, self.tokens = 0, 0
+        self.calls = 0  # of this process, by which several agree on where they stop
         self.history: list[dict[str, Any]] = []
         held_out = (*dict.fromkeys(self.course.families), *config.held_out_families)
         self.tasks = list(arc.generators.held_out(config.sides, held_out, config.eval_tasks))
@@ -52,15 +72,20 @@ class LMRun:
             self.state, cursor, self.step = checkpoint.load(self.directory, self.state)
             self._check_same(cursor)
             self.history = cursor["history"]
-        provenance.record_run(out, self.config)
+        if joining.first():
+            provenance.record_run(out, self.config)
 
     @property
     def directory(self) -> Path:
-        return self.config.out / "checkpoints"
+        return checkpoints(self.config)
 
     def proceed(self, advance: Advance) -> None:
         """To the last step; a signal ends it earlier, saved."""
-        with tracking.Log(self.config.out, self.config.track, self.config, self.history) as self.log:
+        with ExitStack() as opened:
+            self.log: tracking.Log | None = None  # the first process keeps it
+            if joining.first():
+                log = tracking.Log(self.config.out, self.config.track, self.config, self.history)
+                self.log = opened.enter_context(log)
             self._loop(advance)
 
     def _loop(self, advance: Advance) -> None:
@@ -81,11 +106,14 @@ class LMRun:
                 )
                 if self._due(config.eval_every, taken):
                     self._measure()
-                if self._due(config.checkpoint_every, taken) or stopping.asked():
+                self.calls += 1
+                stops = joining.stops(self.calls)
+                if self._due(config.checkpoint_every, taken) or stops:
                     self._save()
-                if stopping.asked() and self.step < config.steps:
+                if stops and self.step < config.steps:
                     self.finish()  # what was learned so far may be used
                     stopping.check()
+                    raise stopping.Stopped  # another process was told
                 begin = time.perf_counter()
         except training.NotFinite as error:
             kept = checkpoint.steps(self.directory)
@@ -102,11 +130,12 @@ class LMRun:
     def finish(self) -> dict[str, Any]:
         """Saves the model as it is now as a directory that transformers opens; returns the last measurement."""
         model = training.merge(self.state.model)
-        model = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model)
+        model = joining.on_host(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model))
         low, high = self.config.sides
         said = {"encoder": self.config.encoder, "prompt": self.config.prompt, "tasks": f"procedural/{low}-{high}"}
-        qwen_eqx.save_pretrained(model, wording.saying(self.tokenizer, **said), self.config.out / MODEL)
-        cards.write(self.config.out / MODEL, self.config, self.history, model.config.parameters, self.before)
+        if joining.first():
+            qwen_eqx.save_pretrained(model, wording.saying(self.tokenizer, **said), self.config.out / MODEL)
+            cards.write(self.config.out / MODEL, self.config, self.history, model.config.parameters, self.before)
         return next((line for line in reversed(self.history) if "families" in line), {})
 
     def _due(self, every: int, taken: int) -> bool:
@@ -140,7 +169,8 @@ class LMRun:
 
     def _append(self, line: dict[str, Any]) -> None:
         self.history.append(line)
-        self.log.add(line)
+        if self.log is not None:
+            self.log.add(line)
 
     def _save(self) -> None:
         cursor = {"config": self.settled, "history": self.history}

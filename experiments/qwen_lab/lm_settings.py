@@ -14,12 +14,13 @@ from qwen_eqx.weights import hub
 from qwen_lab import bounds, files, flags, lessons, meshes, tracking
 from qwen_lab.bounds import Count, Seed, Weight, Whole
 from qwen_lab.errors import InputError
+from qwen_lab.hosts import Together
 
 HELD_OUT_FAMILIES = ("panel_xor", "kaleidoscope", "crop_largest", "swap_colours")
 
 
 @dataclasses.dataclass(frozen=True)
-class LMConfig(meshes.OnMesh):
+class LMConfig(meshes.OnMesh, Together):
     """What a run that trains a model is told."""
 
     init: str | None = None
@@ -98,7 +99,10 @@ class LMConfig(meshes.OnMesh):
 
 
 # change no result
-FREE = ("out", "mesh", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers", "track")
+FREE = (
+    "out", "mesh", "checkpoint_every", "eval_every", "eval_tasks", "steps_per_call", "workers", "track",
+    "coordinator", "processes", "process_id",
+)  # fmt: skip
 
 
 def check(config: LMConfig) -> None:

@@ -30,6 +30,11 @@ class OnMesh:
             cli.console.print(f"using 1 of {len(there)} devices; --mesh auto uses all", markup=False)
         return None
 
+    def check_mesh(self) -> None:
+        """Raises for a mesh that is larger than the devices; opens none."""
+        if self.mesh is not None:
+            sharding.sizes(self.mesh, jax.device_count())
+
     def _of_all_processes(self) -> Mesh:
         mesh = qwen_eqx.make_mesh(self.mesh or "auto")
         idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}

@@ -108,7 +108,7 @@ def _shown(out: Path, section: Section) -> str:
         parts.append(_table(names, kinds, section.rows))
     if not section.out.is_dir():
         return "".join(parts)
-    for report in sorted(section.out.rglob("report.html")):
+    for report in sorted(section.out.glob("**/features/index.html")):
         parts.append(f"<p>What each latent fires on: {_link(out, report)}</p>")
     for picture in sorted(section.out.glob("*.svg")):
         parts.append(_picture(picture))

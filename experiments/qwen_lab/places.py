@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 import qwen_eqx
 import sae
 from qwen_lab.errors import InputError
+from sae import shown
 
 JOINED = "+"  # between the sites of a dictionary that reads several
 
@@ -70,6 +71,11 @@ class Dictionary:
     module: sae.AbstractDictionary
     place: Place
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        said = {str(name): value for name, value in self.metadata.items()}
+        own = {"dictionary": self.name, "is": repr(self.module), "reads": self.place.reads, "writes": self.place.writes}
+        return shown.as_html("Dictionary", own | {name: said[name] for name in said if name not in own})
 
     def read(self, acts: Mapping[str, Float[Array, "rows d_model"]]) -> Float[Array, "rows ..."]:
         """The rows that it reads, of what stands at each site."""
@@ -202,7 +208,7 @@ def default_held(sites: Sequence[str], form: type[sae.AbstractDictionary]) -> st
     return mlps(layers if form.several_sites else layers[:1]) if layers else None
 
 
-def mlps(layers: Sequence[int]) -> str:
-    """What the MLPs of these blocks read and what they write, as --site spells it."""
-    ends = [[str(qwen_eqx.Site(layer, kind)) for layer in layers] for kind in ("resid_mid", "mlp_out")]
+def mlps(layers: Sequence[int], reads: str = "resid_mid") -> str:
+    """What the MLPs of these blocks read, before or behind their norm, and what they write, as --site spells it."""
+    ends = [[str(qwen_eqx.Site(layer, kind)) for layer in layers] for kind in (reads, "mlp_out")]
     return ":".join(JOINED.join(sites) for sites in ends)

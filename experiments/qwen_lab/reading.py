@@ -64,7 +64,7 @@ class Reader:
         rows = self.rows(width)
         filled = [*items, *[[0]] * (rows - len(items))]
         last = np.asarray([*(length - 1 for length in prompts), *[0] * (rows - len(prompts))], np.int32)
-        return _pass(self.model, jnp.asarray(pad_right(filled, width, 0)), jnp.asarray(last), self.sites, new)
+        return _pass(self.model, pad_right(filled, width, 0), last, self.sites, new)
 
 
 @functools.partial(jax.jit, static_argnames=("sites", "new"))

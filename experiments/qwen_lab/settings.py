@@ -34,7 +34,7 @@ class RunConfig(meshes.OnMesh, OfData, Together):
     """Of the dictionary."""
     sweep: flags.Axes = ()
     """Axes such as k=8,16,32, layer=1,2,3 or mlp=0,1,2 (also lr, seed, sparsity, site); all combinations train at once on
-    one pass. mlp=N is a transcoder of block N's MLP."""
+    one pass. mlp=N is a transcoder of block N's MLP, mlp_in=N one that reads behind the MLP's norm, as published ones."""
     model: str = wording.MODEL
     """Embedded name, directory in Hugging Face's layout, or hub id. Live only."""
     revision: str | None = None

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 import qwen_eqx
 import sae
+from qwen_eqx import sharding
 from qwen_eqx.text.ids import bucket
 from qwen_lab import completions
 from qwen_lab.errors import InputError
@@ -104,7 +105,7 @@ class Live:
         return _flat(
             out.prompt_activations,
             out.activations,
-            jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
+            np.asarray([len(prompt) for prompt in prompts], np.int32),
             out.lengths,
         )
 
@@ -175,7 +176,7 @@ class Forward:
         width = self._reader(1).width(max(1, *map(len, items), 1))
         out = self._reader(width).start([tokens or [0] for tokens in items], width)
         lengths = [len(tokens) for tokens in items] + [0] * (self.prompts - len(items))
-        return _stacked(out.values, jnp.asarray(lengths, jnp.int32))
+        return _stacked(out.values, np.asarray(lengths, np.int32))
 
 
 @jax.jit
@@ -276,7 +277,7 @@ def rows_in(source: Source, groups: range, sink_times: float) -> Float[Array, "r
     """As `held_out_rows`, of these groups."""
     parts = []
     for number in groups:
-        group = source.group(number)
+        group = sharding.here(source.group(number))  # of several processes each measures all
         places = np.flatnonzero(np.asarray(wanted(group, sink_times)))
         parts.append(group.rows[jnp.asarray(places)])
     return jnp.concatenate(parts)

@@ -10,7 +10,17 @@ from qwen_lab.errors import InputError
 from qwen_lab.places import Place
 from qwen_lab.settings import RunConfig, check, form_of
 
-SWEEPABLE = {"k": int, "lr": float, "seed": int, "sparsity": float, "layer": int, "site": str, "mlp": int}
+SWEEPABLE = {
+    "k": int,
+    "lr": float,
+    "seed": int,
+    "sparsity": float,
+    "layer": int,
+    "site": str,
+    "mlp": int,
+    "mlp_in": int,
+}
+MLPS = {"mlp": "resid_mid", "mlp_in": "mlp_in"}  # axis of blocks -> what the transcoders of their MLPs read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +46,14 @@ def combinations(config: RunConfig) -> list[dict[str, Any]]:
             raise InputError(f"--sweep: found {axis!r}, expected NAME=value,value with NAME of {names}") from None
         if len(set(axes[name])) != len(axes[name]):
             raise InputError(f"--sweep: found {axis!r}, expected each value once")
-    if "mlp" in axes:  # of a block: what it reads and what it writes
-        if "site" in axes or "layer" in axes:
-            raise InputError("--sweep: found mlp beside another axis of places, expected one of mlp, layer and site")
-        axes = {"site" if name == "mlp" else name: values for name, values in axes.items()}
-        axes["site"] = [places.mlps([layer]) for layer in axes["site"]]
+    if found := axes.keys() & MLPS.keys():
+        name = min(found)
+        if len(axes.keys() & {"site", "layer", *MLPS}) > 1:
+            raise InputError(
+                f"--sweep: found {name} beside another axis of places, expected one of mlp, layer and site"
+            )
+        axes = {"site" if axis == name else axis: values for axis, values in axes.items()}
+        axes["site"] = [places.mlps([layer], MLPS[name]) for layer in axes["site"]]
     combined = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     for values in combined:
         check(dataclasses.replace(config, **values))

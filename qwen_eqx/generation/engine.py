@@ -228,7 +228,8 @@ class Generator(eqx.Module):
             return state
         kept = {name: sharding.keep_rows(field, mesh) for name, field in vars(state).items()}
         kept["cache"] = sharding.keep_rows(state.cache, mesh, split=heads)
-        kept["buffer"] = sharding.keep_rows(state.buffer, mesh, axis=1)
+        if state.buffer is not None:
+            kept["buffer"] = sharding.keep_rows(state.buffer, mesh, axis=state.buffer.rows_axis)
         return GenerationState(**kept)
 
     def _stops(

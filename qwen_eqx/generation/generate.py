@@ -35,6 +35,17 @@ class Generation(eqx.Module):
     def __repr__(self) -> str:
         return shown.by_field(self)
 
+    def _repr_html_(self) -> str | None:
+        held = [shown.values_of(each) for each in (self.tokens, self.lengths, self.log_probs)]
+        if any(each is None or each.ndim != ndim for each, ndim in zip(held, (2, 1, 2), strict=True)):
+            return None  # a skeleton, or a tree of anything that has this shape
+        rows = [
+            (row[:length].tolist(), logs[:length].tolist(), float(logs[:length].sum()))
+            for row, length, logs in zip(*held, strict=True)
+        ]
+        facts = {"rows": str(len(rows)), "activations": self.activations, "prompts": self.prompt_activations}
+        return shown.generated("Generation", facts, rows)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GenerateOptions(Options):
@@ -146,7 +157,7 @@ def _filled(generator: Generator, batch: PromptBatch) -> tuple[Generator, Prompt
 
 def _cut(out: _Outputs, *, prompts: int, rows: int) -> _Outputs:
     """Without the rows that were filled up."""
-    buffer = jax.tree.map(lambda stored: stored[:, :rows], out.buffer)
+    buffer = None if out.buffer is None else out.buffer.first(rows)
     prompt_activations = jax.tree.map(lambda kept: kept[:, :prompts], out.prompt_activations)
     return _Outputs(out.tokens[:rows], out.lengths[:rows], out.log_probs[:rows], buffer, prompt_activations)
 

@@ -5,6 +5,7 @@ stands, whatever the other rows are doing, so that each step remains one slice u
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from qwen_eqx import sharding, shown
 from qwen_eqx.errors import InputError, positive
@@ -21,6 +22,7 @@ from qwen_eqx.generation.engine import GenerationState, Generator, PromptState
 from qwen_eqx.generation.options import Options, by_keyword
 from qwen_eqx.generation.prompts import prompt_rows, prompt_width
 from qwen_eqx.generation.sample import needs_seen, row_keys
+from qwen_eqx.generation.seats import Admission, Seats, admit
 from qwen_eqx.model.cache import KVCache
 from qwen_eqx.model.edits import resolve_edits
 from qwen_eqx.model.qwen import Qwen
@@ -41,6 +43,11 @@ class Completion(NamedTuple):
 
     def __repr__(self) -> str:
         return shown.by_field(self)
+
+    def _repr_html_(self) -> str:
+        facts = {name: getattr(self, name) for name in self._fields if name not in ("tokens", "log_probs")}
+        log_probs = self.log_probs.tolist()
+        return shown.generated("Completion", facts, [(self.tokens.tolist(), log_probs, float(np.sum(log_probs)))])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,26 +116,24 @@ def _arrivals(
 
 
 class _Slots:
-    """The slots' state on the device, and whose sequence is in each."""
+    """The slots' state on the devices, and whose sequence is in each; each group of a mesh's devices has as many."""
 
     def __init__(self, model: Qwen, generator: Generator, options: ScheduleOptions):
         self.model, self.generator, self.options = model, generator, options
-        slots = options.slots + sharding.rows_lacking(options.slots, generator.settings.mesh)
-        self.taken: list[tuple[_Arrival, PromptState] | None] = [None] * slots
+        self.mesh = generator.settings.mesh
+        slots = options.slots + sharding.rows_lacking(options.slots, self.mesh)
+        self.groups = 1 if self.mesh is None else self.mesh.shape["data"]
+        self.each = slots // self.groups
+        # with what was captured at the prompts of all groups that were read together
+        self.taken: list[tuple[_Arrival, Float[Array, "sites groups prompt d_model"] | None] | None] = [None] * slots
         self.state = _vacant(model, generator, slots)
-        self.read: tuple[int, PromptState] | None = None  # the last prompt read: its samples share it
+        self.read: tuple[list[int], PromptState] | None = None  # the prompt each group read last: its samples share it
 
     def run(self, waiting: Iterator[_Arrival]) -> Iterator[Completion]:
         begun, next_out, held = 0, 0, dict[int, Completion]()
         in_order = self.options.order == "arrival"
         while True:
-            for slot, taken in enumerate(self.taken):
-                if taken is None and (not in_order or begun - next_out < 4 * len(self.taken)):
-                    arrival = next(waiting, None)
-                    if arrival is None:
-                        break
-                    self._enter(slot, arrival)
-                    begun += 1
+            begun += self._refill(waiting, 4 * len(self.taken) - (begun - next_out) if in_order else len(self.taken))
             if all(taken is None for taken in self.taken):
                 break
             for number, completion in self._finished():
@@ -143,18 +148,46 @@ class _Slots:
                 yield held.pop(next_out)
                 next_out += 1
 
-    def _enter(self, slot: int, arrival: _Arrival) -> None:
-        settings = self.generator.settings
-        if self.read is None or self.read[0] != arrival.item:
-            width = min(prompt_width(len(arrival.prompt), settings.prefill_chunk), settings.kv_seq - settings.new)
-            tokens = jnp.asarray(pad_left([arrival.prompt], width, settings.pad_token))
-            length = jnp.asarray([len(arrival.prompt)], jnp.int32)
-            self.read = arrival.item, _read(self.model, self.generator, tokens, length)
+    def _refill(self, waiting: Iterator[_Arrival], most: int) -> int:
+        """Begins at most so many sequences, one in each group of devices at a time: their prompts are read together."""
+        begun = 0
+        while True:
+            slots = range(len(self.taken))
+            free = {
+                slot // self.each: slot for slot in reversed(slots) if self.taken[slot] is None
+            }  # each group's first
+            entering = dict(
+                zip(sorted(free.values()), itertools.islice(waiting, min(len(free), most - begun)), strict=False)
+            )
+            if not entering:
+                return begun
+            self._enter(entering)
+            begun += len(entering)
+
+    def _enter(self, entering: dict[int, _Arrival]) -> None:
+        """Of each group one slot at most; groups that have none free read the newest prompt along, whose samples follow."""
+        rows = [next(reversed(entering.values()))] * self.groups
+        slots, enters = np.zeros(self.groups, np.int32), np.zeros(self.groups, bool)
+        for slot, arrival in entering.items():
+            group, slots[group], enters[group] = slot // self.each, slot % self.each, True
+            rows[group] = arrival
+        items = [row.item for row in rows]
+        if self.read is None or any(enters & (np.asarray(self.read[0]) != items)):
+            self.read = items, self._read([row.prompt for row in rows])
         prompt = self.read[1]
-        key = row_keys(self.options.key, np.asarray([arrival.keyed]), np.asarray([arrival.sample]))
-        place = jnp.asarray(slot, jnp.int32), jnp.asarray(arrival.limit, jnp.int32)
-        self.state = _admit(_Admission(self.model, self.generator, prompt, key, *place), self.state)
-        self.taken[slot] = arrival, prompt
+        keys = row_keys(self.options.key, np.asarray([r.keyed for r in rows]), np.asarray([r.sample for r in rows]))
+        seats = Seats(slots, np.asarray([row.limit for row in rows], np.int32), enters)
+        seats = sharding.place_rows(jax.tree.map(jnp.asarray, seats), self.mesh)
+        self.state = admit(Admission(self.model, self.generator, prompt, keys, seats), self.state)
+        for slot, arrival in entering.items():
+            self.taken[slot] = arrival, prompt.activations
+
+    def _read(self, prompts: list[list[int]]) -> PromptState:
+        settings = self.generator.settings
+        width = min(prompt_width(max(map(len, prompts)), settings.prefill_chunk), settings.kv_seq - settings.new)
+        tokens = jnp.asarray(pad_left(prompts, width, settings.pad_token))
+        lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+        return _read(self.model, self.generator, *sharding.place_rows((tokens, lengths), self.mesh))
 
     def _finished(self) -> Iterator[tuple[int, Completion]]:
         """Runs until there is a finished sequence, and takes all there are out of their slots."""
@@ -166,10 +199,15 @@ class _Slots:
             if taken is not None and done[slot]:
                 yield taken[0].number, self._leave(slot, *taken)
 
-    def _leave(self, slot: int, arrival: _Arrival, prompt: PromptState) -> Completion:
+    def _leave(
+        self, slot: int, arrival: _Arrival, prompts: Float[Array, "sites groups prompt d_model"] | None
+    ) -> Completion:
         row = self._harvested(slot)
         self.taken[slot] = None
         length = int(row.length)
+        if prompts is not None:
+            prompts, group = sharding.of_holder(prompts, slot // self.each, self.mesh, axis=1)
+            prompts = prompts[:, group]
         return Completion(
             arrival.item,
             arrival.sample,
@@ -178,17 +216,17 @@ class _Slots:
             np.asarray(row.tokens)[:length],
             np.asarray(row.log_probs)[:length],
             row.activations,
-            None if prompt.activations is None else prompt.activations[:, 0],
+            prompts,
         )
 
     def _harvested(self, slot: int) -> "_Row":
         """A slot's sequence, on the device that generated it."""
-        mesh, state = self.generator.settings.mesh, self.state
+        mesh, state = self.mesh, self.state
         columns = _Columns(state.tokens, state.log_probs, state.first, state.length)
         held, place = sharding.of_holder(columns, slot, mesh)
         buffer = state.buffer
         if buffer is not None:
-            buffer, _ = sharding.of_holder(buffer, slot, mesh, axis=1)
+            buffer, _ = sharding.of_holder(buffer, slot, mesh, axis=buffer.rows_axis)
         return _harvest(held, buffer, np.int32(place))
 
 
@@ -205,54 +243,10 @@ def _vacant(model: Qwen, generator: Generator, slots: int) -> GenerationState:
 
 
 @eqx.filter_jit
-def _read(model: Qwen, generator: Generator, tokens: Int[Array, "1 prompt"], lengths: Int[Array, " 1"]) -> PromptState:
+def _read(
+    model: Qwen, generator: Generator, tokens: Int[Array, "groups prompt"], lengths: Int[Array, " groups"]
+) -> PromptState:
     return generator.read(model, tokens, lengths)
-
-
-class _Admission(NamedTuple):
-    """A prompt that was read, and the slot that its next sample gets."""
-
-    model: Qwen
-    generator: Generator
-    prompt: PromptState
-    key: Key[Array, " 1"]
-    slot: Int[Array, ""]
-    limit: Int[Array, ""]
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _admit(admission: _Admission, state: GenerationState) -> GenerationState:
-    """Lays a prompt down in a row so that it ends at the write index, and its first token in the column just written."""
-    model, generator, prompt, key, slot, limit = admission
-    one = generator.begin(model, prompt, key)
-    back = state.cache.index - one.cache.index
-    column = state.column - one.column
-
-    def place(rows: Array, part: Array, *, by: Int[Array, ""] = column, axis: int = 0, along: int = 1) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, jnp.roll(part, by, axis=along), slot, axis=axis)
-
-    layers = jax.tree.map(lambda rows, part: place(rows, part, by=back, along=2), state.cache.layers, one.cache.layers)
-    cache = KVCache(layers, state.cache.index, state.cache.length.at[slot].set(one.cache.length[0]))
-
-    def put(rows: Array, part: Array) -> Array:
-        return rows.at[slot].set(part[0])
-
-    admitted = GenerationState(
-        cache=cache,
-        token=put(state.token, one.token),
-        tokens=place(state.tokens, one.tokens),
-        log_probs=place(state.log_probs, one.log_probs),
-        buffer=jax.tree.map(lambda rows, part: place(rows, part, axis=1, along=2), state.buffer, one.buffer),
-        seen=None if state.seen is None or one.seen is None else put(state.seen, one.seen),
-        column=state.column,
-        first=state.first.at[slot].set(column),
-        length=put(state.length, one.length),
-        limit=state.limit.at[slot].set(limit),
-        done=state.done.at[slot].set(one.done[0] | (one.length[0] >= limit)),
-        prompt_length=put(state.prompt_length, one.prompt_length),
-        keys=put(state.keys, one.keys),
-    )
-    return generator.dealt(admitted)
 
 
 class _Program(NamedTuple):
@@ -292,10 +286,9 @@ class _Columns(NamedTuple):
 @jax.jit
 def _harvest(columns: _Columns, buffer: ActivationBuffer | None, slot: Int[Array, ""]) -> _Row:
     back = -columns.first[slot]
-    buffer = jax.tree.map(lambda stored: jnp.roll(stored[:, slot], back, axis=1), buffer)
     return _Row(
         jnp.roll(columns.tokens[slot], back),
         jnp.roll(columns.log_probs[slot], back),
-        None if buffer is None else buffer.values,
+        None if buffer is None else buffer.row(slot, back),
         columns.length[slot],
     )

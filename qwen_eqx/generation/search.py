@@ -49,6 +49,10 @@ class Found(eqx.Module):
     def __repr__(self) -> str:
         return shown.by_field(self)
 
+    def _repr_html_(self) -> str:
+        rows = [(row.tolist(), None, float(total)) for row, total in zip(self.tokens, self.log_probs, strict=True)]
+        return shown.generated("Found", {"completions, best first": str(len(rows))}, rows)
+
 
 def beam_search(
     model: Qwen,

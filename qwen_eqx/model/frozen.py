@@ -41,6 +41,11 @@ class Mixing(eqx.Module):
         v = jnp.einsum("kgqs,tqkgh->tskh", self.pattern, z)
         return jnp.einsum("tskh,khm->tsm", v, self.value) * self.scale[None, :, None]
 
+    def before(self, end: int) -> "Mixing":
+        """Of the positions before `end`, which later ones never reach."""
+        pattern, scale = self.pattern[..., :end, :end], self.scale[..., :end]
+        return eqx.tree_at(lambda m: (m.pattern, m.scale), self, (pattern, scale))
+
 
 class Skip(eqx.Module):
     """What goes past an MLP's features: (x · scale) W, of one block or of all stacked."""
@@ -53,6 +58,10 @@ class Skip(eqx.Module):
 
     def transposed(self, g: Stream) -> Stream:
         return jnp.einsum("tso,mo->tsm", g, self.weight) * self.scale[None, :, None]
+
+    def before(self, end: int) -> "Skip":
+        """Of the positions before `end`."""
+        return Skip(self.weight, self.scale[..., :end])
 
 
 class Targets(eqx.Module):
@@ -105,34 +114,39 @@ class Frozen(eqx.Module):
         last, mids = jax.lax.scan(through, embed[None], (self.mixing, self.skip, written))
         return mids, last[0]
 
-    def pull(self, targets: Targets, read: Read) -> tuple[PyTree, Stream, Float[Array, " targets"]]:
+    def pull(
+        self, targets: Targets, read: Read, end: int | None = None
+    ) -> tuple[PyTree, Stream, Float[Array, " targets"]]:
         """Down from the targets: `read(block, g)` of every block's MLP output, stacked; g of the embeddings; the constant.
 
         g [targets, seq, d_model] is by how much each target grows with what is written there, so that
-        target = Σ g · written + Σ g · embed + constant, the constant being the value biases'. One scan over the blocks, no
-        tape: of g there is one copy whatever the depth, and blocks above all targets cost nothing.
+        target = Σ g · written + Σ g · embed + constant, the constant being the value biases'. One loop over the blocks, no
+        tape: of g there is one copy whatever the depth, and blocks above all targets cost nothing. With all targets before
+        position `end`, seq may be `end`: g of later positions would be zero.
         """
-        top, count = jnp.max(targets.layer), self.layers
-        seq, d_model = self.norm_scale.shape[0], targets.vector.shape[1]
+        count, seq, d_model = self.layers, end or self.norm_scale.shape[0], targets.vector.shape[1]
         none = jnp.zeros((targets.layer.shape[0], seq, d_model), targets.vector.dtype)
-        empty = jax.eval_shape(read, jax.ShapeDtypeStruct((), jnp.int32), none)
+        begin = jnp.minimum(jnp.max(targets.layer), count - 1)
 
-        def down(carry: tuple[Stream, Array], parts: tuple[Array, Mixing, Skip | None]) -> Any:
-            number, mixing, skip = parts
-            g, constant = carry
-            said = read(number, g)
+        def down(step: Int[Array, ""], carry: tuple[PyTree, Stream, Array]) -> tuple[PyTree, Stream, Array]:
+            said, g, constant = carry
+            number = begin - step
+            mixing, skip = jax.tree.map(lambda leaf: _at(leaf, number), (self.mixing, self.skip))
+            mixing, skip = mixing.before(seq), skip if skip is None else skip.before(seq)
+            said = jax.tree.map(lambda every, one: every.at[number].set(one), said, read(number, g))
             g = targets.entering(number, g if skip is None else g + skip.transposed(g))
             constant = constant + jnp.einsum("tsm,m->t", g, mixing.bias)
-            return (g + mixing.transposed(g), constant), said
+            return said, g + mixing.transposed(g), constant
 
-        def step(carry: tuple[Stream, Array], parts: tuple[Array, Mixing, Skip | None]) -> Any:
-            above = lambda: (carry, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty))  # noqa: E731
-            return jax.lax.cond(parts[0] <= top, lambda: down(carry, parts), above)
+        empty = jax.eval_shape(read, jax.ShapeDtypeStruct((), jnp.int32), none)
+        said = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), empty)
+        constant = jnp.zeros(none.shape[:1], none.dtype)
+        # a loop and no scan: deeper blocks are left out, and g is changed in place
+        return jax.lax.fori_loop(0, begin + 1, down, (said, targets.entering(count, none), constant))
 
-        begin = targets.entering(count, none), jnp.zeros(none.shape[:1], none.dtype)
-        numbers = jnp.arange(count, dtype=jnp.int32)
-        (g, constant), said = jax.lax.scan(step, begin, (numbers, self.mixing, self.skip), reverse=True)
-        return said, g, constant
+
+def _at(stacked: Array, number: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False)
 
 
 class Passed(eqx.Module):

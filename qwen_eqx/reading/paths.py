@@ -1,5 +1,6 @@
 """Path patching: what a part says to chosen receivers alone, everything between held."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -20,45 +21,52 @@ from qwen_eqx.reading.patching import AT_ONCE, Listed, Metrics, Patched, Places,
 Masks = dict[Site, Bool[Array, " width"]]  # which columns of each receiving site
 
 
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """What says something, to whom, and what is held between."""
+
+    receivers: Mapping[str, Sequence[int] | None]  # site -> its heads, None: all of it
+    senders: Places = Places("z", "head")  # noqa: RUF009  a frozen value; one at a time
+    mlps: Literal["held", "free"] = "held"  # on the way; heads are held always
+
+
 def path_patch(
     model: Qwen,
     clean: Tokens,
     corrupted: Tokens,
     metric: Loss,
-    receivers: Mapping[str, Sequence[int] | None],
-    senders: Places = Places("z", "head"),  # noqa: B008  a frozen value
+    paths: Paths,
     *,
-    mlps: Literal["held", "free"] = "held",
     logits: Which = "last",
     at_once: int = AT_ONCE,
 ) -> Patched:
-    """The metric where only `receivers` (site -> its heads, None: all of it) meet a sender's clean value (arXiv 2211.00593).
+    """The metric where only the receivers meet a sender's clean value (arXiv 2211.00593).
 
     First the corrupted run with the sender's clean value, every other head held as it was, MLPs too unless "free": what the
     receivers are then. Second the corrupted run with the receivers so. The last block's `hook_resid_post` as receiver gives
     direct effects on the logits.
     """
     runs = Runs.of(model, clean, corrupted, metric, logits)
-    listed = Listed.of(model.config, senders, runs.seq)
-    if mlps not in ("held", "free"):
-        raise InputError(f"mlps: found {mlps!r}, expected 'held' or 'free'")
-    if not receivers:
-        raise InputError("receivers: found none, expected site -> heads, or site -> None")
-    chosen = {Site.parse(name, model.config): heads for name, heads in receivers.items()}
+    listed = Listed.of(model.config, paths.senders, runs.seq)
+    if paths.mlps not in ("held", "free"):
+        raise InputError(f"Paths.mlps: found {paths.mlps!r}, expected 'held' or 'free'")
+    if not paths.receivers:
+        raise InputError("Paths.receivers: found none, expected site -> heads, or site -> None")
+    chosen = {Site.parse(name, model.config): heads for name, heads in paths.receivers.items()}
     masks = {site: _columns(site, heads, model.config) for site, heads in chosen.items()}
-    held = ("z", "mlp_out") if mlps == "held" else ("z",)
+    held = ("z", "mlp_out") if paths.mlps == "held" else ("z",)
     return listed.labelled(_path_patched(runs, listed.chunks(at_once), listed.sites, masks, held))
 
 
 def _columns(site: Site, heads: Sequence[int] | None, config: QwenConfig) -> Bool[Array, " width"]:
     width, count = site.width(config), site.heads(config)
     if site.kind == "pattern":
-        raise InputError(f"receivers: found site '{site}', which can be read only, expected another")
+        raise InputError(f"Paths.receivers: found site '{site}', which can be read only, expected another")
     if heads is None:
         return jnp.ones(width, bool)
     if wrong := [head for head in heads if not 0 <= head < count]:
         expected = f"0..{count - 1}" if count else "None, as it has none"
-        raise InputError(f"receivers: found head {wrong[0]} at site '{site}', expected {expected}")
+        raise InputError(f"Paths.receivers: found head {wrong[0]} at site '{site}', expected {expected}")
     return jnp.asarray(np.isin(np.arange(width) // site.per_head(config), list(heads)))
 
 

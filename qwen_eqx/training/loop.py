@@ -49,8 +49,7 @@ def run(state: TrainState, batches: Batch, config: TrainConfig) -> tuple[TrainSt
         raise InputError(f"batches: found {len(batches.tokens)} steps, expected at most {left} of {config.steps}")
     if (mesh := mesh_of(state.model)) is None:
         return _run(Given(config, jax.tree.map(jnp.asarray, batches), None), state)
-    where = sharding.by_documents(mesh, batches.tokens.shape[2], 2)
-    return _run(Given(config, jax.device_put(batches, where), mesh), state)
+    return _run(Given(config, sharding.place_batch(batches, mesh, 2), mesh), state)
 
 
 def fit(state: TrainState, batches: Iterable[Batch], config: TrainConfig) -> Iterator[tuple[TrainState, StepMetrics]]:

@@ -8,6 +8,7 @@ Each device holds its part of the weights and of the optimizer's state, d_model 
 and adds up gradients over `data` to where their weight lies (ZeRO-3, Rajbhandari et al. 2019, arXiv 1910.02054).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ Tree = TypeVar("Tree")
 def place(state: Tree, mesh: Mesh) -> Tree:
     """A TrainState on a mesh: it trains there. What an axis does not divide lies on every device, which is logged."""
     sharding.say_what_is_not_split(state.model.config, mesh, FULLY_SHARDED)  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.device_put(state, shardings(state, mesh))
+    return jax.tree.map(sharding.placed, state, shardings(state, mesh))
 
 
 def shardings(state: Any, mesh: Mesh) -> Any:
@@ -51,6 +52,12 @@ def kept(state: Tree, mesh: Mesh | None) -> Tree:
 def gathered(model: Tree, mesh: Mesh | None) -> Tree:
     """A model that computes, in a compiled program: every weight whole over `data`, where rows are."""
     return model if mesh is None else lax.with_sharding_constraint(model, _of_model(model, mesh, TENSOR))
+
+
+def place_batch(batch: Tree, mesh: Mesh, axis: int) -> Tree:
+    """Arrays whose `axis` counts documents, dealt to the devices."""
+    documents = jax.tree.leaves(batch)[0].shape[axis]
+    return jax.tree.map(functools.partial(sharding.placed, where=by_documents(mesh, documents, axis)), batch)
 
 
 def by_documents(mesh: Mesh, documents: int, axis: int) -> NamedSharding:

@@ -7,6 +7,7 @@ Damage is found before it is used: see `sae.data.shards`.
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,24 @@ class ActivationStore:
     def __repr__(self) -> str:
         sites = shown.listed(self.sites)
         return f"ActivationStore({self.directory}: {len(self):,} rows at {sites}, {len(self.shards)} shards)"
+
+    def _repr_html_(self) -> str:
+        planned, items = self.manifest.plan, self.items
+        outcomes = Counter(str(item.get("outcome", "not said"))[:40] for item in items.values()).most_common(6)
+        return shown.as_html(
+            "ActivationStore",
+            {
+                "where": str(self.directory),
+                "rows": f"{len(self):,}",
+                "shards": f"{len(self.shards):,} of {planned.shards:,}{'' if self.complete else ': incomplete'}",
+                "items": f"{len(items):,} of {planned.items:,}",
+                "outcomes": ", ".join(f"{number:,} {name}" for name, number in outcomes) or "none yet",
+                "sites": shown.listed(self.sites, 6),
+                "activations": f"{self.manifest.dtype}, d_model={self.manifest.d_model}",
+                "bytes": f"{sum(shard.bytes for shard in self.shards):,}",
+                "model": self.manifest.model_id,
+            },
+        )
 
     @classmethod
     def open(cls, directory: str | Path) -> "ActivationStore":

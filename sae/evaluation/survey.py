@@ -18,6 +18,7 @@ Codes = Float[np.ndarray | jax.Array, "_ d_sae"]  # documents differ in length
 Pairs = tuple[Int[np.ndarray | jax.Array, "_ _"], Float[np.ndarray | jax.Array, "_ _"]]  # [seq, k] each
 
 BINS_PER_DECADE = 8
+CHUNK = 512  # directions whose logits are held at once
 EDGES = 10.0 ** (np.arange(-3 * BINS_PER_DECADE, 4 * BINS_PER_DECADE + 1) / BINS_PER_DECADE)  # from 0.001 to 10,000
 
 
@@ -105,7 +106,31 @@ def promoted_tokens(
     count: int = 10,
 ) -> tuple[Int[np.ndarray, "latents count"], Float[np.ndarray, "latents count"]]:
     """The tokens whose logits rise most along each direction, and by how much: direction · unembed (the logit lens)."""
-    logits = np.asarray(directions, np.float32) @ np.asarray(unembed, np.float32)
-    count = min(count, logits.shape[1])
-    ids = np.argsort(-logits, axis=1, kind="stable")[:, :count]
-    return ids, np.take_along_axis(logits, ids, 1)
+    along, table = np.asarray(directions, np.float32), np.asarray(unembed, np.float32)
+    count = min(count, table.shape[1])
+    ids, best = np.zeros((len(along), count), np.int64), np.zeros((len(along), count), np.float32)
+    for start in range(0, len(along), CHUNK):
+        logits = along[start : start + CHUNK] @ table
+        least = -np.partition(-logits, count - 1, axis=1)[:, count - 1 : count]
+        equal, room = logits == least, count - (logits > least).sum(axis=1, keepdims=True)
+        chosen = (logits > least) | (equal & (np.cumsum(equal, axis=1) <= room))  # of equal ones the first
+        part = np.nonzero(chosen)[1].reshape(len(logits), count)
+        order = np.argsort(-np.take_along_axis(logits, part, 1), axis=1, kind="stable")
+        ids[start : start + CHUNK] = np.take_along_axis(part, order, 1)
+        best[start : start + CHUNK] = np.take_along_axis(logits, ids[start : start + CHUNK], 1)
+    return ids, best
+
+
+def examples(
+    peaks: Float[np.ndarray, " documents"], top: int, quantiles: tuple[float, ...] = (0.75, 0.5, 0.25)
+) -> list[tuple[int, str]]:
+    """(document, why) of a latent whose largest value in each document is given: the `top` strongest, then quantiles.
+
+    A quantile is of the documents where it fires, from the weakest; none is chosen twice.
+    """
+    firing = np.flatnonzero(peaks > 0)
+    ranked = firing[np.argsort(-peaks[firing], kind="stable")]
+    chosen = {int(document): f"top {place}" for place, document in enumerate(ranked[:top], 1)}
+    for quantile in quantiles if len(ranked) > top else ():
+        chosen.setdefault(int(ranked[round((1 - quantile) * (len(ranked) - 1))]), f"quantile {quantile:.0%}")
+    return list(chosen.items())

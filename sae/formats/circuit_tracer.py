@@ -171,7 +171,8 @@ def save_transcoders(transcoders: Transcoders, directory: str | Path) -> None:
             raise InputError(f"{kind}_site: found {site}, expected one that circuit-tracer knows: {', '.join(known)}")
     if any(layer.rule is not None for layer in transcoders.layers):
         raise InputError(
-            "transcoders: found a TopK or Gated one, expected ReLU or thresholds: circuit-tracer has no other"
+            "transcoders: found a TopK or Gated one, expected ReLU or one threshold a latent, which is all circuit-tracer "
+            "has: train --form batchtopk, jumprelu or relu"
         )
     home = Path(directory)
     files.make_directory(home)

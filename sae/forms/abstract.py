@@ -8,15 +8,18 @@ activations are: a threshold stops moving in bf16.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox import AbstractVar
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sae import shown
 from sae.codes.products import weighted_rows
 from sae.codes.select import SparseCode
 from sae.errors import InputError
@@ -71,6 +74,15 @@ class AbstractDictionary(eqx.Module):
         spelled = [f"{name}={sizes[name][0]}" for name in sizes if sizes[name]] + [f"d_sae={d_sae}"]
         spelled += [f"{name}={getattr(self, name)}" for name in self.details]
         return f"{type(self).__name__}({', '.join(spelled)}, {self.encoder.dtype})"
+
+    def _repr_html_(self) -> str:
+        arrays = [leaf for leaf in jax.tree.leaves(self) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+        sizes = [int(np.prod(leaf.shape, dtype=np.int64)) for leaf in arrays]
+        facts: dict[str, Any] = {"is": repr(self), "parameters": f"{sum(sizes):,}"}
+        facts["bytes"] = f"{sum(size * leaf.dtype.itemsize for size, leaf in zip(sizes, arrays, strict=True)):,}"
+        return shown.as_html(
+            type(self).__name__, facts | {name.name: getattr(self, name.name) for name in fields(self)}
+        )
 
     @property
     def d_sae(self) -> int:

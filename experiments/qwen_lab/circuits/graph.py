@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from qwen_lab import files
 from qwen_lab.circuits import influence, neuronpedia, page
 from qwen_lab.circuits.influence import Edges
-from qwen_lab.circuits.nodes import FEATURE, KINDS, TOKEN, Features, Nodes
+from qwen_lab.circuits.nodes import FEATURE, KINDS, LOGIT, TOKEN, Features, Nodes
 from qwen_lab.errors import InputError
+from sae import shown
 
 ARRAYS, FACTS = "graph.safetensors", "graph.json"
 VERSION = 1
@@ -36,6 +37,22 @@ class Graph:
     def __repr__(self) -> str:
         counts = ", ".join(f"{np.sum(self.nodes.kind == n)} {name}s" for n, name in enumerate(KINDS))
         return f"Graph({len(self.tokens)} tokens, {counts}, {len(self.edges):,} edges)"
+
+    def _repr_html_(self) -> str:
+        """What it says of the answer, and which features lead there most."""
+        nodes = self.nodes
+        facts = {"is": repr(self)} | {name: self.facts[name] for name in page.FACTS if self.facts.get(name) is not None}
+        for n in np.flatnonzero(nodes.kind == LOGIT)[:4].tolist():
+            token = self.facts.get("logit_tokens", {}).get(str(nodes.index[n]), str(nodes.index[n]))
+            facts[f"says {token!r}"] = f"with probability {nodes.probability[n]:.3f}"
+        features = np.flatnonzero(nodes.kind == FEATURE)
+        for n in features[np.argsort(-nodes.influence[features], kind="stable")][:8].tolist():
+            at = int(nodes.position[n])
+            where = repr(self.pieces[at]) if at < len(self.pieces) else "?"
+            facts[f"layer {nodes.layer[n]}, latent {nodes.index[n]}"] = (
+                f"influence {nodes.influence[n]:.3g}, at {at} {where}"
+            )
+        return shown.as_html("Graph", facts)
 
     @property
     def first(self) -> Float[np.ndarray, " nodes"]:

@@ -27,12 +27,6 @@ class Edges:
         return Edges(self.source[chosen], self.target[chosen], self.weight[chosen])
 
     @classmethod
-    def of_rows(cls, targets: Int[np.ndarray, " targets"], rows: Float[np.ndarray, "targets sources"]) -> "Edges":
-        """What is not zero of dense rows."""
-        row, source = np.nonzero(rows)
-        return cls(source.astype(np.int32), targets[row].astype(np.int32), rows[row, source])
-
-    @classmethod
     def joined(cls, parts: list["Edges"]) -> "Edges":
         every = cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls)))
         return every[np.lexsort((every.source, every.target))]
@@ -41,6 +35,26 @@ class Edges:
         """|weight| over the sum of the |weights| into the same target."""
         size = np.abs(self.weight.astype(np.float64))
         return size / np.maximum(np.bincount(self.target, size, minlength=nodes), 1e-30)[self.target]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Edges into some targets, as rows over the sources that any of them has: 4 bytes where an edge alone takes 12."""
+
+    source: Int[np.ndarray, " sources"]
+    target: Int[np.ndarray, " targets"]
+    weight: Float[np.ndarray, "targets sources"]
+
+    @classmethod
+    def of_rows(cls, targets: Int[np.ndarray, " targets"], rows: Float[np.ndarray, "targets sources"]) -> "Block":
+        """Of dense rows, without the columns that are zero."""
+        used = np.flatnonzero(rows.any(axis=0))
+        return cls(used.astype(np.int32), targets.astype(np.int32), rows.take(used, axis=1))
+
+    def edges(self) -> Edges:
+        """What is not zero."""
+        row, column = np.nonzero(self.weight)
+        return Edges(self.source[column], self.target[row], self.weight[row, column])
 
 
 def flow(

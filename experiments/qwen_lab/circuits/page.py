@@ -9,8 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from qwen_lab import sheets
 from qwen_lab.circuits.nodes import Features
-from sae.evaluation.report import COLOURS
+from sae.evaluation.gallery import COLOURS
 
 
 class Grid(TypedDict):
@@ -58,15 +59,15 @@ def render(
         for name, value in told.items()
     )
     embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no text can end the script
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{sheets.POLICY}">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{html.escape(title)}</h1><dl>{spelled}</dl>{CONTROLS}</header>"
         f'<main><div id="stage"></div><aside id="side"></aside></main><div id="grids"></div><p id="text"></p>'
-        f'<script type="application/json" id="data">{embedded}</script><script>{SCRIPT}</script></body></html>\n'
+        f'<script type="application/json" id="data">{embedded}</script>'
+        f"<script>{sheets.SAVING}{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -81,7 +82,8 @@ def _said(value: Any) -> str:
 CONTROLS = """<p class="controls"><label>nodes that make up <input type="range" id="share" min="0.05" max="1"
  step="0.01" value="0.6"> <output id="said"></output> of the influence</label> <input id="label"
  placeholder="name of a group" size="18"><button id="group">group the pinned nodes</button><button id="clear">unpin
- all</button> <span id="groups"></span></p>"""
+ all</button> <button data-save="svg">save as SVG</button><button data-save="png">as PNG</button>
+ <span id="groups"></span></p>"""
 
 STYLE = """
 :root{--ink:#1c1b19;--soft:#6d6a64;--paper:#faf9f6;--card:#fff;--line:#e4e1da;--up:#1b6ca8;--down:#d1495b;--pin:#e08e1b}
@@ -187,6 +189,8 @@ function chips(){$('groups').replaceChildren(...groups.map((g,i)=>{const b=el('b
 function keep(){try{localStorage.setItem(kept,JSON.stringify(groups))}catch(e){}}
 $('group').addEventListener('click',()=>{if(pins.size){groups.push([$('label').value||'group '+(groups.length+1),...pins]);
  keep();chips()}});
+document.querySelectorAll('[data-save]').forEach(b=>b.addEventListener('click',()=>
+ savePicture($('stage').firstChild,'circuit',b.dataset.save)));
 $('clear').addEventListener('click',()=>{pins.clear();draw()});
 $('share').addEventListener('input',draw);chips();draw();
 $('stage').scrollLeft=1e9;  // the last tokens stand beside the answer

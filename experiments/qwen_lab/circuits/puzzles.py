@@ -71,7 +71,7 @@ def _grids(document: Document, end: int) -> list[Grid]:
     of_char = {char: place for place, span in enumerate(document.offsets) for char in range(*span)}
     return [
         Grid(
-            title=grid.title,
+            title=grid.title if grid.title == "right answer" else f"{grid.group}, {grid.title}",
             cells=grid.cells.tolist(),
             positions=[
                 [place if (place := of_char.get(start, -1)) < end else -1 for start, _ in row] for row in grid.spans

@@ -1,6 +1,7 @@
 """The local replacement model: what transcoders and their errors write in place of every MLP, over one sequence."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -17,20 +18,27 @@ from qwen_eqx.text.ids import bucket
 from qwen_lab.circuits.nodes import Features
 from qwen_lab.errors import InputError
 
-WIDTH = 16  # writes of one position that lie side by side: fewer cost more gathered rows, more cost more padding
+GATHERED = 60  # products with a row that take as long as bringing the stream of its position there
 NORMED, PLAIN = "mlp_in", "resid_mid"  # what transcoders may read
 
 
 class Sources(eqx.Module):
-    """All that is written where MLPs write, in blocks of `WIDTH` rows that share a position; empty rows are zero."""
+    """All that is written where MLPs write: blocks of rows that share a position, early ones first; empty rows are zero."""
 
     position: Int[Array, "layers blocks"]
     rows: Float[Array, "layers blocks width d_model"]
     embed: Float[Array, "seq d_model"]
 
-    def __call__(self, layer: Int[Array, ""], g: Stream) -> Float[Array, "targets blocks width"]:
-        """By how much each row of a layer moves each target: g · row."""
-        return jnp.einsum("tnm,nwm->tnw", g[:, self.position[layer]], self.rows[layer])
+    def __call__(self, layer: Int[Array, ""], g: Stream, blocks: int) -> Float[Array, "targets blocks width"]:
+        """By how much each row of a layer's first blocks moves each target, g · row; g may end before the sequence."""
+        begin = (layer, *jnp.zeros(3, jnp.int32))
+        rows = jax.lax.dynamic_slice(self.rows, begin, (1, blocks, *self.rows.shape[2:]))[0]
+        at = jnp.minimum(self.position[layer, :blocks], g.shape[1] - 1)
+        return jnp.einsum("tnm,nwm->tnw", g[:, at], rows)
+
+    def blocks_before(self, end: int) -> int:
+        """How many of a layer's blocks stand before a position, in the layer that has most."""
+        return int((np.asarray(self.position) < end).sum(axis=1).max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +100,15 @@ def replace(model: qwen_eqx.Qwen, transcoders: sae.Transcoders, tokens: Sequence
         found = f"{transcoders.n_layers} layers of width {transcoders.d_model}"
         raise InputError(f"transcoders: found {found}, expected the model's {config.layers} of width {config.d_model}")
     frozen, passed = freeze(model, tokens)
-    read = _read(frozen, passed, normed)
+    read = reads(frozen, passed, normed)
     features = _fired(transcoders, read, first)
     by_skip, skips = np.zeros(passed.mid.shape, np.float32), skipping(transcoders)
     if skips is not None:
         frozen = frozen.with_skip(skips, normed)
         by_skip = np.asarray(jnp.einsum("lsm,lmo->lso", read, skips))
     held = np.asarray(passed.mlp_out) - by_skip
-    table = _Table(frozen.layers, len(tokens), transcoders.d_model)
+    counts = np.stack([_counted(transcoders, features, layer, len(tokens), first) for layer in range(frozen.layers)])
+    table = _Table(counts, transcoders.d_model)
     constant = len(features) + (frozen.layers + 1) * len(tokens)
     made = np.zeros_like(held)
     for layer in range(frozen.layers):
@@ -112,9 +121,12 @@ def replace(model: qwen_eqx.Qwen, transcoders: sae.Transcoders, tokens: Sequence
         never = np.where(np.arange(len(tokens))[:, None] < first, held[layer], bias)
         places = np.arange(len(tokens))
         errors = len(features) + layer * len(tokens) + places[first:]
-        table.add(layer, rows, position, number)
-        table.add(layer, error[first:], places[first:], errors)
-        table.add(layer, never, places, np.full(len(tokens), constant))
+        table.fill(
+            layer,
+            np.concatenate([rows, error[first:], never]),
+            np.concatenate([position, places[first:], places]),
+            np.concatenate([number, errors, np.full(len(tokens), constant)]),
+        )
     sources, numbers = table.packed(passed.embed)
     return Replacement(list(map(int, tokens)), frozen, passed, features, sources, numbers, made + by_skip, normed)
 
@@ -139,7 +151,8 @@ def skipping(transcoders: sae.Transcoders) -> Float[Array, "layers d_model d_mod
 
 
 @eqx.filter_jit
-def _read(frozen: Frozen, passed: Passed, normed: bool) -> Float[Array, "layers seq d_model"]:
+def reads(frozen: Frozen, passed: Passed, normed: bool) -> Float[Array, "layers seq d_model"]:
+    """What the transcoders read in this pass: the stream, or what the MLPs' norms put out."""
     return passed.mid * frozen.mlp_scale[:, :, None] * frozen.mlp_gain[:, None] if normed else passed.mid
 
 
@@ -178,29 +191,46 @@ def _summed(rows: np.ndarray, position: np.ndarray, seq: int) -> Float[np.ndarra
     return total
 
 
+def _counted(
+    transcoders: sae.Transcoders, features: Features, layer: int, seq: int, first: int
+) -> Int[np.ndarray, " seq"]:
+    """How many rows each position of a layer has: of features, an error, and what never changes."""
+    here = features.layer <= layer if transcoders.crosses else features.layer == layer
+    return np.bincount(features.position[here], minlength=seq) + 1 + (np.arange(seq) >= first)
+
+
 class _Table:
-    """Rows gathered by layer, packed into blocks that share a position."""
+    """Rows packed into blocks that share a position, a layer at a time: all of them together fill gigabytes once."""
 
-    def __init__(self, layers: int, seq: int, d_model: int):
-        self.parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(layers)]
-        self.seq, self.d_model = seq, d_model
+    def __init__(self, counts: Int[np.ndarray, "layers seq"], d_model: int):
+        self.counts, self.width = counts, _width(counts)
+        self.blocks = -(-counts // self.width)  # of each position
+        layers, most = len(counts), int(self.blocks.sum(axis=1).max())
+        self.position = np.full((layers, most), counts.shape[1] - 1, np.int32)
+        self.rows = _aligned(layers, most * self.width, d_model)
+        self.numbers = np.full((layers, most * self.width), -1, np.int64)
 
-    def add(self, layer: int, rows: np.ndarray, position: np.ndarray, number: np.ndarray) -> None:
-        self.parts[layer].append((rows, position, number))
+    def fill(self, layer: int, rows: np.ndarray, position: np.ndarray, number: np.ndarray) -> None:
+        order, count, blocks = np.argsort(position, kind="stable"), self.counts[layer], self.blocks[layer]
+        slots = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+        slots += np.repeat(self.width * (np.cumsum(blocks) - blocks), count)
+        self.rows[layer, slots], self.numbers[layer, slots] = rows[order], number[order]
+        self.position[layer, : blocks.sum()] = np.repeat(np.arange(len(count)), blocks)
 
     def packed(self, embed: Array) -> tuple[Sources, Int[np.ndarray, "layers rows"]]:
-        joined = [tuple(np.concatenate(each) for each in zip(*parts, strict=True)) for parts in self.parts]
-        counts = [np.bincount(position, minlength=self.seq) for _, position, _ in joined]
-        blocks = max(int(np.sum(-(-count // WIDTH))) for count in counts)
-        at = np.zeros((len(joined), blocks), np.int32)
-        packed = np.zeros((len(joined), blocks * WIDTH, self.d_model), np.float32)
-        numbers = np.full((len(joined), blocks * WIDTH), -1, np.int64)
-        for layer, (rows, position, number) in enumerate(joined):
-            order, count = np.argsort(position, kind="stable"), counts[layer]
-            of_position = -(-count // WIDTH)
-            slots = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
-            slots += np.repeat(WIDTH * (np.cumsum(of_position) - of_position), count)
-            packed[layer, slots], numbers[layer, slots] = rows[order], number[order]
-            at[layer, : of_position.sum()] = np.repeat(np.arange(self.seq), of_position)
-        rows = packed.reshape(len(joined), blocks, WIDTH, self.d_model)
-        return Sources(jnp.asarray(at), jnp.asarray(rows), jax.device_put(embed)), numbers
+        rows = self.rows.reshape(*self.position.shape, self.width, -1)
+        return Sources(jnp.asarray(self.position), jax.device_put(rows), jax.device_put(embed)), self.numbers
+
+
+def _aligned(*shape: int) -> Float[np.ndarray, "layers rows d_model"]:
+    """Zeros that begin where XLA wants them: on CPU it takes these as they are, and copies others."""
+    size = 4 * math.prod(shape)
+    room = np.zeros(size + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size].view(np.float32).reshape(shape)
+
+
+def _width(counts: Int[np.ndarray, "layers seq"]) -> int:
+    """Rows of a block: few, and streams are gathered for many blocks; many, and most rows are empty."""
+    widths = range(8, max(9, int(counts.max()) + 8), 8)
+    return min(widths, key=lambda width: np.sum(-(-counts // width), axis=1).max() * (width + GATHERED))

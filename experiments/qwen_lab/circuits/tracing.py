@@ -1,7 +1,7 @@
 """From a prompt to its attribution graph: logits first, then the features that matter most, a batch of rows at a time."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,10 @@ import qwen_eqx
 import sae
 from qwen_lab.circuits import influence, nodes
 from qwen_lab.circuits.graph import Graph
-from qwen_lab.circuits.influence import Edges
+from qwen_lab.circuits.influence import Block, Edges
 from qwen_lab.circuits.nodes import Nodes
 from qwen_lab.circuits.replacement import Replacement, replace
-from qwen_lab.circuits.rows import direct_effects
+from qwen_lab.circuits.rows import batches, direct_effects
 from qwen_lab.errors import InputError
 
 
@@ -76,7 +76,7 @@ class Tracer:
     def __init__(self, transcoders: sae.Transcoders, replacement: Replacement, logits: Logits, options: Options):
         self.transcoders, self.replacement, self.options = transcoders, replacement, options
         self.logits = logits
-        self.levels: dict[int, list[Edges]] = {level: [] for level in range(replacement.layers, -1, -1)}  # of targets
+        self.levels: dict[int, list[Block]] = {level: [] for level in range(replacement.layers, -1, -1)}  # of targets
         count = replacement.constant + len(logits)  # logits are numbered behind the sources
         self.bias = np.zeros(count, np.float32)
         self.size = np.zeros(count)  # Σ |weights| into each target
@@ -104,32 +104,28 @@ class Tracer:
         self._add(chosen, layer, position, self.replacement.reading(position, layer, jnp.asarray(rows)))
 
     def _add(self, number: np.ndarray, layer: np.ndarray, position: np.ndarray, vector: Array) -> None:
-        batch, order = (
-            self.options.batch,
-            np.argsort(layer, kind="stable"),
-        )  # of one batch all sweep as far as the deepest
-        for begin in range(0, len(number), batch):
-            at = order[begin : begin + batch]
+        batch = self.options.batch
+        for at in batches(layer, position, batch, self.replacement.seq):
             rows = direct_effects(self.replacement, layer[at], position[at], vector[at], batch)
             self.bias[number[at]] += rows[:, -1]
             self.size[number[at]] = np.abs(rows[:, :-1]).sum(axis=1, dtype=np.float64)
             for level in np.unique(layer[at]):
                 here = layer[at] == level
-                self.levels[int(level)].append(Edges.of_rows(number[at][here], rows[here, :-1]))
+                self.levels[int(level)].append(Block.of_rows(number[at][here], rows[here, :-1]))
 
     @property
-    def parts(self) -> list[Edges]:
-        """All edges that are known."""
-        return [edges for known in self.levels.values() for edges in known]
+    def parts(self) -> Iterator[Edges]:
+        """All edges that are known, some targets' at a time."""
+        return (block.edges() for known in self.levels.values() for block in known)
 
     def influence(self) -> Float[np.ndarray, " sources"]:
         """Of every node, by the rows that are known: as `influence.flow`, without joining them."""
         total = self.first.copy()
         for known in self.levels.values():
             passed = total / np.maximum(self.size, 1e-30)  # complete for the targets of this level, which comes next
-            for edges in known:
-                weights = np.abs(edges.weight) * passed[edges.target]
-                total += np.bincount(edges.source, weights, minlength=len(total))
+            for block in known:
+                for target, weight in zip(block.target, block.weight, strict=True):  # in float64 one row at a time
+                    total[block.source] += np.abs(weight) * passed[target]
         return total
 
 
