@@ -49,7 +49,8 @@ buffer-rows = 8192
 [evaluate]
 limit = 1
 max-prompt = 512
-latents = 2
+answered = 0
+augmented = 0
 """
 DICTIONARY = "train/sae/sae_weights.safetensors"
 
