@@ -90,7 +90,7 @@ def make() -> str:
         page.append(f"{'#' * (2 + name.count('/'))} {name}/\n")
         if is_package(folder):
             page.append(textwrap.fill(sentence(folder / "__init__.py"), 100, break_on_hyphens=False) + "\n")
-        pages = sorted([*folder.glob("*.md"), *folder.glob("*.ipynb")])
+        pages = sorted([*folder.glob("*.md"), *folder.rglob("*.ipynb")])
         listed = [*files(folder), *(path for path in pages if path != PAGE)]
         rows = [f"| `{path.relative_to(folder).as_posix()}` | {sentence(path)} |" for path in listed]
         if rows:
