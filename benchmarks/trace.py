@@ -65,8 +65,11 @@ def main(config: Config) -> None:
             if config.peer_python is not None:
                 measure.say(f"{prompt} tokens, circuit-tracer, {asked['batch']} targets side by side")
                 told = asked | {"targets": ours["targets"][: config.peer_targets]}
-                theirs = measure.ask_peer(config.peer_python, "trace_peer.py", told)
-                said = f"{theirs['versions']}, {asked['threads']} threads"
+                try:
+                    theirs = measure.ask_peer(config.peer_python, "trace_peer.py", told)
+                    said = f"{theirs['versions']}, {asked['threads']} threads"
+                except qwen_eqx.InputError as error:  # such as memory: what is measured here counts
+                    said = f"circuit-tracer at {prompt} tokens: {error}"
             rows.append(row(config, shape, asked, ours, theirs, limit))
     size = f"{config.shape}, {shape.layers} layers, {shape.parameters / 1e6:,.1f} M parameters, float32, random weights"
     what = f"{config.d_sae:,} features a layer, sweeps of {config.batch} targets; matrix rate {limit:,.0f} GFLOP/s"
@@ -171,7 +174,7 @@ def row(
     limit: float,
 ) -> list[object]:  # fmt: skip
     """A line of the table; `apart` is the largest relative difference of the rows' sums."""
-    seq, speed = len(asked["tokens"]), config.targets / ours["seconds"]
+    seq, speed = len(asked["tokens"]), len(ours["sums"]) / ours["seconds"]
     rate = ours["operations"] / ours["seconds"] / 1e9 / limit
     room = 4 * shape.parameters + Room.of(shape, seq, ours["rows"], config.batch).total
     line = [seq, f"{ours['features']:,}", f"{speed:,.1f}", f"{rate:.0%}", *gigabytes(room, ours["peak_bytes"])]

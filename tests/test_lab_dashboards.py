@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import qwen_eqx
 import sae
 import tiny
-from qwen_lab import Data, Dictionary, Place, dashboards, lens
-from qwen_lab.corpus import Document
+from qwen_lab import Data, Dictionary, Place, corpus, dashboards, lens
+from solving import made_task
 
 # of sae-dashboard 0.8.0
 BATCH = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
@@ -34,10 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The batch of a random dictionary whose rows are those of two short documents."""
     model, (_, tokenizer) = tiny.model(), qwen_eqx.from_pretrained("tiny-random")
     module = sae.TopK.init(d_model=model.config.d_model, d_sae=24, k=4, key=jax.random.key(0))
-    documents = [
-        Document("t", 0, "ab" * 10, [1] * 20, [(n, n + 1) for n in range(20)], [], [], 1),
-        Document("t", 1, "cd" * 5, [1] * 10, [(n, n + 1) for n in range(10)], [], [], 1),
-    ]
+    documents = corpus.documents([made_task("a"), made_task("b")], tokenizer, max_tokens=512)
     rng = np.random.default_rng(0)
     acts = [{SITE: jnp.asarray(rng.normal(size=(len(d.tokens), model.config.d_model)), jnp.float32)} for d in documents]
     data = Data(model, tokenizer, "m", documents, acts)

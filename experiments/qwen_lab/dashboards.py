@@ -152,7 +152,7 @@ def _logits(effects: Float[np.ndarray, " vocab"] | None, tokenizer: qwen_eqx.Tok
         return {name: [] for name in names}
     told: list[Any] = []
     for order in (np.argsort(-effects, kind="stable")[:TOKENS], np.argsort(effects, kind="stable")[:TOKENS]):
-        told += [[tokenizer.decode([token]) for token in order.tolist()], _rounded(effects[order])]
+        told += [[lens.token_text(tokenizer, token) for token in order.tolist()], _rounded(effects[order])]
     return dict(zip(names, [*told, *histogram(effects.astype(np.float64))], strict=True))
 
 

@@ -271,7 +271,7 @@ def _steered(
     added = [(dictionary, latent, value) for latent, value in zip(chosen, values, strict=True)]
     written = answers.write(read.data, numbers, added)
     notes["steered"] = (
-        f"{len(chosen)} latents over all densities are steered, by {answers.STRENGTH:g} times their peak."
+        f"{len(chosen)} latents over all densities are steered, by {answers.STRENGTH:g} times their peak, and no others."
     )
     return {
         latent: gallery.Steered(number, value, _answer(one))

@@ -48,7 +48,7 @@ def named(
     if raised is None:
         return {}
     best = np.argsort(-raised, axis=1, kind="stable")[:, :RAISED]
-    told = (", ".join(repr(tokenizer.decode([token])) for token in row) for row in best.tolist())
+    told = (", ".join(repr(lens.token_text(tokenizer, token)) for token in row) for row in best.tolist())
     return {latent: f"raises {text}" for latent, text in zip(latents.tolist(), told, strict=True)}
 
 
@@ -72,6 +72,6 @@ def _timeline(
     answer = marks()
     rows, cols, parts = (column[len(item.tokens) :].tolist() for column in (answer.row, answer.col, answer.part))
     cells = [(row, col) if part else None for row, col, part in zip(rows, cols, parts, strict=True)]
-    pieces = [tokenizer.decode([token]) for token in written]
+    pieces = [lens.token_text(tokenizer, token) for token in written]
     said = completions.outcome(sample, item.task)
     return Timeline(item.task, item.test, said, sample.grid, pieces, cells, probabilities, *timelines.strongest(codes))
