@@ -1,7 +1,7 @@
 """Runs train_lm.py and train_sae.py in two processes: `python host_train.py WHERE LM LIVE` prints their exits as JSON.
 
-WHERE/lm is ended by SIGTERM to one process, gone on with and ended by Ctrl-C in the other, then by a kill, and then
-trained to its end. So is WHERE/live at once, a dictionary whose rows a model makes on the devices of both.
+WHERE/lm is ended by SIGTERM to one process, gone on with and ended by Ctrl-C in the other, and then by a kill. WHERE/live,
+a dictionary whose rows a model makes on the devices of both, is trained to its end.
 """
 
 import json
@@ -75,5 +75,5 @@ lm, ends = str(train_lm.__file__), {}
 for sent, number in ((signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGKILL, 1)):
     ends[sent.name] = run(lm, "lm", lm_flags, once_a_step_is_saved(number, sent))
     ends[f"after {sent.name}"] = checkpoint.steps(where / "lm" / "checkpoints")
-ends |= {"lm": run(lm, "lm", lm_flags), "live": run(str(train_sae.__file__), "live", live_flags)}
+ends["live"] = run(str(train_sae.__file__), "live", live_flags)
 print(json.dumps(ends))

@@ -10,7 +10,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("IPython")
-matplotlib = pytest.importorskip("matplotlib")
+pyplot = pytest.importorskip("matplotlib.pyplot")
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOKS = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.ipynb"))
@@ -34,12 +34,12 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """In this process: a kernel for each would import and compile everything again. Claims are assertions in cells."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # one asks for devices: they are there, and it is undone
-    matplotlib.use("agg")
+    pyplot.switch_backend("agg")
     names = {"__name__": "notebook"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader has it
         for number, cell in enumerate(cells(name, "code"), 1):
             exec(compile(cell.source, f"{name}, cell {number}", "exec"), names)
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
     assert list(tmp_path.iterdir()) == []  # what it writes goes to a temporary directory
 
 
