@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_timeout_seconds=600",
     ]
 )
+# threads that devices share: collectives that wait for one another may hold as many as devices times collectives
+os.environ["NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["QWEN_LAB_MODEL"] = "tiny-random"  # no test depends on the weights of the model that commands default to
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite must never reach for a model hub

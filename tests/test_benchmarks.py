@@ -17,7 +17,7 @@ RUNS = {
     "reading": ["--prompt", "20", "--layers", "1", "--repeats", "1", "--runs", "2", "--patched-prompt", "9"],
     "trace": ["--prompts", "9", "--d-sae", "24", "--k", "3", "--batch", "4", "--repeats", "1"],
     "scheduler": ["--prompts", "6", "--slots", "2", "--prompt", "9", "--longest", "12", "--fixed", "13"],
-    "sae_step": ["--calls", "1", "--members", "2"],
+    "sae_step": ["--calls", "1", "--members", "2", "--dtypes", "float32"],
     "train": ["--batch", "2", "--seq", "17", "--steps", "1", "--repeats", "1"],
     "synth": ["--forms", "topk", "jumprelu", "--seeds", "0", "--passes", "1"],
     "extract": ["--prompts", "20", "--layers", "1", "--batch-tokens", "64", "--batches", "2", "--repeats", "1",

@@ -106,7 +106,8 @@ def test_a_shard_that_is_missing_is_made_again_byte_for_byte(extracted: tuple[Pa
 @pytest.mark.parametrize("per_shard", [1, 2])
 def test_more_tasks_are_added_to_what_stands(per_shard: int, tmp_path: Path):
     """The store is that of a run that was given all of them at once; whole shards are not written again."""
-    same = {"max_new_tokens": 4, "layers": "1,3", "items_per_shard": per_shard, "batch_size": 2}
+    tasks = running.short_tasks(tmp_path, 3)
+    same = {"tasks": tasks, "max_new_tokens": 4, "layers": "1,3", "items_per_shard": per_shard, "batch_size": 2}
     grown, whole = tmp_path / "grown", tmp_path / "whole"
     extract.main(extract.Config(limit=1, out=grown, **same))
     first = contents(grown / "shards")

@@ -58,7 +58,7 @@ def assert_same(left, right) -> None:
     [
         ("gated", (1, 1)),
         ("crosscoder", (2, 1)),
-        ("matryoshka", (1, 4)),
+        ("matryoshka", (1, 2)),
         ("batchtopk", (2, 2)),
         ("skip", (2, 2)),
         ("clt", (1, 2)),
