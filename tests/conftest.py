@@ -1,7 +1,6 @@
 """Every test runs with live shape checks, strict promotion, several CPU devices and no network."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ import jax
 import pytest
 
 from browsing import browse as browse  # a fixture
+from ports import free_port
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -59,9 +59,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     pytest.importorskip("moto.server")
     for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

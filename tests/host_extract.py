@@ -6,20 +6,14 @@ shard; three go on. Two are told otherwise in WHERE/other.
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import forks
+from ports import free_port
 
 where, flags = Path(sys.argv[1]), sys.argv[2:]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run(name: str, processes: int, count: Callable[[], None] = forks.never, last: tuple[str, ...] = ()) -> list[int]:

@@ -7,7 +7,6 @@ a dictionary whose rows a model makes on the devices of both, is trained to its 
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -16,16 +15,11 @@ from pathlib import Path
 import forks
 import train_lm
 import train_sae
+from ports import free_port
 from sae.training import checkpoint
 
 where, lm_flags, live_flags = Path(sys.argv[1]), *(words.split() for words in sys.argv[2:])
 SECONDS = 400  # until a process is ended that ought to have ended
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run(script: str, name: str, flags: list[str], then: Callable[[list[int]], None] = lambda both: None) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ports import free_port
 from qwen_lab import InputError, RunError, cli, hosts
 from qwen_lab.hosts import Hosts, OfHosts
 from running import ROOT, short_tasks
@@ -51,9 +52,7 @@ def contents(store: Path) -> dict[str, bytes]:
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(hosts, "WAIT", 20.0)
     monkeypatch.setattr(hosts, "SEEN_AFTER", 0.2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 def meet(port: int, *ways: tuple[int, int, dict[str, Any], Path]) -> list[str]:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import qwen_eqx
 import sae
 import stores
 import train_sae
+from ports import free_port
 from qwen_lab import InputError, RunConfig, flags, hosts, joining
 from qwen_lab import jobs as lab_jobs
 from qwen_lab.hosts import Hosts
@@ -54,12 +54,6 @@ def write_store(where: Path) -> Path:
         0, sae.Rows(rows, numbers, numbers, item, item >= 0), [{"text": "", "outcome": {}}] * ITEMS
     )
     return where
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 
 import sae
 from flaky import Busy, Flaky, seeded
+from ports import free_port
 from sae import storage
 from sae.errors import StorageFailed
 from sae.training import checkpoint
@@ -198,9 +198,7 @@ def google(monkeypatch) -> Iterator[str]:
 
     monkeypatch.setattr(objects, "_multipart_upload", multipart_upload)
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # no question to Google about the bucket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
