@@ -36,7 +36,7 @@ ConfigT = TypeVar("ConfigT")
 def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
     """Parses flags into `config` and runs `main`; wrong input is one line and exit code 2."""
     arguments = tyro.cli(config, description=sys.modules[main.__module__].__doc__)
-    allocation.keep()  # as every command does
+    allocation.begin()  # as every command does
     try:
         main(arguments)
     except InputError as error:
@@ -119,10 +119,13 @@ def random_model(config: QwenConfig, dtype: str) -> Qwen:
     leaves, tree = jax.tree.flatten(skeleton)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     draw = jax.jit(normal_weight, static_argnums=(1, 2))
-    return tree.unflatten(
+    model = tree.unflatten(
         jnp.ones(leaf.shape, leaf.dtype) if leaf.ndim == 1 else draw(key, leaf.shape, leaf.dtype)
         for key, leaf in zip(keys, leaves, strict=True)
     )
+    jax.block_until_ready(model)
+    allocation.keep()  # as commands do that have loaded one
+    return model
 
 
 def step_seconds(model: Qwen, prompts: np.ndarray, *, steps: int, repeats: int, **options: Any) -> float:

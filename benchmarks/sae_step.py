@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 import measure
 import sae
+from qwen_lab import allocation
 from sae import training as train
 
 
@@ -54,6 +55,7 @@ SIZES = {"topk": (896, 16_384, 32), "batchtopk": (768, 4_096, 25)}
 
 
 def main(config: Config) -> None:
+    allocation.keep()
     tiny = config.shape == "tiny"
     if tiny:
         config = dataclasses.replace(config, batch=32, steps=2)

@@ -21,6 +21,7 @@ import numpy as np
 import measure
 import sae
 from qwen_eqx import InputError
+from qwen_lab import allocation
 from sae import AbstractDictionary
 from sae import training as train
 from sae.data import synthetic
@@ -68,6 +69,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    allocation.keep()
     if config.shape not in SHAPES:
         raise InputError(f"shape: found {config.shape!r}, expected one of {', '.join(SHAPES)}")
     shape, work = SHAPES[config.shape], config.work / config.shape

@@ -81,7 +81,7 @@ def main(config: Config) -> None:
 def alone(call: Callable[..., Any], *arguments: object) -> Any:
     """What a call returns in a process of its own, so that its memory is its own and is given back."""
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=allocation.keep) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=allocation.begin) as pool:
         return pool.submit(call, *arguments).result()
 
 

@@ -69,9 +69,7 @@ def main(config: Config) -> None:
         if name not in FAMILIES:
             raise InputError(f"--held-out-families: found {name!r}, expected some of {', '.join(FAMILIES)}")
     asked = questions(config)
-    model, tokenizer = qwen_eqx.from_pretrained(
-        config.model, revision=config.revision, dtype=jnp.float32, mesh=config.open_mesh()
-    )
+    model, tokenizer = config.open_model(config.model, "float32", config.revision)
     config = wording.filled(config, tokenizer)
     stages = cards.stages_of(hub.locate(config.model, config.revision))
     config = dataclasses.replace(config, held_out_families=never_trained_on(config, stages))

@@ -16,8 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 import qwen_eqx
 import sae
 from qwen_lab import (
@@ -172,9 +170,7 @@ def plan(config: Config) -> Job:
     share, found = None if config.workers_of is None else Share.parse(config.workers_of), Hosts.of(config)
     if found is not None:
         share = Share(found.number + 1, found.processes)
-    model, tokenizer = qwen_eqx.from_pretrained(
-        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
-    )
+    model, tokenizer = config.open_model(config.model, config.dtype, config.revision)
     config = corpora.resolved(wording.filled(config, tokenizer), model.config)
     excluded = tuple(int(word) if word.isdecimal() else tokenizer.token_to_id(word) for word in config.exclude_tokens)
     choice = Choice(config.positions, excluded, config.sink_times, config.sample_rows, config.seed)

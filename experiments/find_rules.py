@@ -56,9 +56,7 @@ def main(config: Config) -> None:
         raise InputError(
             f"--tasks-per-family: found {config.tasks_per_family}, expected at least 8: half of them measure"
         )
-    model, tokenizer = qwen_eqx.from_pretrained(
-        config.model, revision=config.revision, dtype=jnp.float32, mesh=config.open_mesh()
-    )
+    model, tokenizer = config.open_model(config.model, "float32", config.revision)
     config = wording.filled(config, tokenizer)
     with locks.claimed(config.out):
         files.expect_files(config.out, "run.json", "rules.json", "rules.svg")

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-import qwen_eqx
 from qwen_eqx.weights import hub
 from qwen_lab import bounds, cli, figures, files, jobs, locks, meshes, provenance
 from qwen_lab.bounds import Count, CountOrNone, Seed
@@ -54,7 +52,7 @@ class Config(meshes.OnMesh):
 
 def main(config: Config) -> None:
     bounds.check(config)
-    model, tokenizer = qwen_eqx.from_pretrained(config.model, dtype=jnp.bfloat16, mesh=config.open_mesh())
+    model, tokenizer = config.open_model(config.model, "bfloat16")
     asked = dict(kinds(config, model.config.layers))
     for each in asked.values():
         jobs.open_job(each, (model, tokenizer))  # raises for what no run can have

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 import arc
 import qwen_eqx
 import sae
@@ -115,9 +113,7 @@ class Config(meshes.OnMesh):
 
 def main(config: Config) -> None:
     check(config)
-    model, tokenizer = qwen_eqx.from_pretrained(
-        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
-    )
+    model, tokenizer = config.open_model(config.model, config.dtype, config.revision)
     config = wording.filled(config, tokenizer)
     tasks = list(itertools.islice(arc.iter_tasks(config.tasks, solutions=config.solutions), config.limit))
     if not tasks:

@@ -69,7 +69,7 @@ def main(config: Config) -> None:
             raise InputError(f"--families: found {name!r}, expected some of {', '.join(rules.families())}")
     transcoders = sae.load_transcoders(config.transcoders)
     name = str(transcoders.metadata.get("model_name", wording.MODEL))
-    model, tokenizer = qwen_eqx.from_pretrained(name, dtype=jnp.float32, mesh=config.open_mesh())
+    model, tokenizer = config.open_model(name, "float32")
     config = wording.filled(config, tokenizer, transcoders.metadata)
     with locks.claimed(config.out):
         files.expect_files(config.out, "run.json", "study.json")

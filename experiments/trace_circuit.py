@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 from rich.table import Column, Table
 
@@ -92,9 +91,7 @@ def main(config: Config) -> None:
     held = holding(config.hold)
     transcoders = sae.load_transcoders(config.transcoders)
     name = config.model or str(transcoders.metadata.get("model_name", wording.MODEL))
-    model, tokenizer = qwen_eqx.from_pretrained(
-        name, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=config.open_mesh()
-    )
+    model, tokenizer = config.open_model(name, config.dtype, config.revision)
     config = wording.filled(config, tokenizer, transcoders.metadata)
     documents, asked = ask(config, transcoders, model, tokenizer)
     with locks.claimed(config.out):

@@ -41,12 +41,12 @@ def run(main: Callable[[ConfigT], None], config: type[ConfigT]) -> None:
         _fail(BAD_INPUT, f"error: {error}")
     try:
         with nullcontext() if stopping.installed() else stopping.held():
+            allocation.begin()
             bounds.check(arguments)
             hosts.take_devices(arguments)
             if not (isinstance(arguments, hosts.Together) and hosts.Hosts.of(arguments)):  # those look when they joined
                 check_platform()
             _keep_compilations()
-            allocation.keep()
             main(arguments)
     except INPUT_ERRORS as error:
         _fail(BAD_INPUT, f"error: {error}")

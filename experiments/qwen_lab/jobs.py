@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import qwen_eqx
 import sae
 from qwen_eqx import sharding
-from qwen_lab import cli, corpora, files, joining, locks, places, prompts, runs, sources, sweeps, wording
+from qwen_lab import allocation, cli, corpora, files, joining, locks, places, prompts, runs, sources, sweeps, wording
 from qwen_lab.hosts import Hosts
 from qwen_lab.runs import Advance, Result, Run, quiet
 from qwen_lab.settings import RunConfig, check, form_of
@@ -78,6 +77,7 @@ def shared_job(config: RunConfig, hosts: Hosts) -> Iterator[Job]:
 def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
     """All of a job that is known before JAX looks for devices."""
     store = sae.ActivationStore.open(files.location(config.store))
+    allocation.keep()
     default = places.default_held(store.sites, form_of(config))
     members = sweeps.make_members(config, combined, places.in_store(store), default)
     sites = sweeps.sites_of(members)
@@ -92,10 +92,8 @@ def _replay(config: RunConfig, combined: list[dict[str, Any]]) -> Job:
 
 
 def _live(config: RunConfig, combined: list[dict[str, Any]], loaded: ModelAndTokenizer | None) -> Job:
-    mesh = config.open_mesh() if loaded is None else sharding.mesh_of(loaded[0])
-    model, tokenizer = loaded or qwen_eqx.from_pretrained(
-        config.model, revision=config.revision, dtype=jnp.dtype(config.dtype), mesh=mesh
-    )
+    model, tokenizer = loaded or config.open_model(config.model, config.dtype, config.revision)
+    mesh = sharding.mesh_of(model)
     default = places.default_sites(model.config, form_of(config))
     members = sweeps.make_members(config, combined, places.in_model(model.config), default)
     asked = corpora.resolved(wording.filled(config, tokenizer), model.config)

@@ -12,7 +12,7 @@ import numpy as np
 import arc
 import qwen_eqx
 from qwen_eqx import training
-from qwen_lab import cards, cli, exactness, files, joining, lessons, provenance, stopping, tracking, wording
+from qwen_lab import allocation, cards, cli, exactness, files, joining, lessons, provenance, stopping, tracking, wording
 from qwen_lab.errors import InputError, RunError
 from qwen_lab.hosts import Hosts
 from qwen_lab.lm_settings import LMConfig, check, course, settled, start, train_config
@@ -47,6 +47,7 @@ class LMRun:
         self.config, self.course = config, course(config)
         self.mesh = config.open_mesh()
         self.model, self.tokenizer = start(config, self.mesh)
+        allocation.keep()
         if (most := self.model.config.max_seq) < config.context_length:
             raise InputError(f"--context-length: found {config.context_length}, expected at most the model's {most}")
         self.teacher = lessons.Teacher(self.course, self.tokenizer)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 import arc
 import qwen_eqx
 import sae
@@ -52,9 +50,7 @@ class OnModel(OnMesh):
         if self.model is None and len(names) != 1:
             raise InputError(f"--sae: found SAEs of {', '.join(sorted(names))}, expected one model's, or --model")
         name = self.model or names.pop()
-        model, tokenizer = qwen_eqx.from_pretrained(
-            name, revision=self.revision, dtype=jnp.dtype(self.dtype), mesh=self.open_mesh()
-        )
+        model, tokenizer = self.open_model(name, self.dtype, self.revision)
         return model, tokenizer, name
 
     def place(self, config: qwen_eqx.QwenConfig, module: sae.AbstractDictionary, metadata: Mapping[str, Any]) -> Place:

@@ -1,13 +1,14 @@
-"""Which devices a command uses: the flag, the mesh it asks for, and a word on devices that are left idle."""
+"""Which devices a command uses: the flag, the mesh it asks for, the model on it, a word on devices left idle."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import qwen_eqx
 from qwen_eqx import sharding
-from qwen_lab import cli
+from qwen_lab import allocation, cli
 from qwen_lab.errors import InputError
 
 
@@ -29,6 +30,14 @@ class OnMesh:
         if len(there) > 1 and there[0].platform != "cpu":  # one CPU device uses all cores
             cli.console.print(f"using 1 of {len(there)} devices; --mesh auto uses all", markup=False)
         return None
+
+    def open_model(
+        self, name: str, dtype: str, revision: str | None = None
+    ) -> tuple[qwen_eqx.Qwen, qwen_eqx.Tokenizer]:
+        """A model on that mesh, and its tokenizer; what the process takes up from here on it keeps for its next step."""
+        loaded = qwen_eqx.from_pretrained(name, revision=revision, dtype=jnp.dtype(dtype), mesh=self.open_mesh())
+        allocation.keep()
+        return loaded
 
     def check_mesh(self) -> None:
         """Raises for a mesh that is larger than the devices; opens none."""
