@@ -62,7 +62,7 @@ def two(config: RunConfig, cache: Path) -> Iterator[list[subprocess.Popen[str]]]
     named = {name: getattr(config, name) for name in (*FIELDS, "store", "out")} | {"sweep": config.sweep[0]}
     flags = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--mesh", "data=2,model=2", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
-    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     own |= {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
     command = [sys.executable, str(ROOT / "experiments" / "train_sae.py"), *flags, "--process-id"]

@@ -190,7 +190,7 @@ def test_two_processes_train_and_save_a_state_that_one_goes_on_with_on_another_m
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = str(found.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     command = [sys.executable, str(Path(__file__).with_name("host_sae.py")), port]
     both = [subprocess.Popen([*command, str(n), "2", str(tmp_path)], env=environment) for n in range(2)]
     try:
