@@ -32,6 +32,7 @@ import pytest
 
 from browsing import browse as browse  # a fixture
 from ports import free_port
+from running import trained as trained  # a fixture
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -14,12 +14,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import arc
 import qwen_eqx
 import sae
 import tiny
 import tolerances
+import train_sae
 from qwen_eqx import Generation, Qwen
 from qwen_lab import RunConfig
 
@@ -30,6 +32,16 @@ SMALL = RunConfig(
     limit=6, held_out=2, max_new_tokens=4, d_sae=64, k=4, steps=8, batch_size=64, steps_per_call=2, checkpoint_every=4,
     max_prompt=512, buffer_rows=8192,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A short live run of `train_sae.py`."""
+    out = tmp_path_factory.mktemp("trained")
+    said = run(train_sae, small(out))
+    for word in ("share of the time: model", "buffer", "SAE", "on held-out tasks", "loss curve", "next: python"):
+        assert word in said
+    return out
 
 
 def run_experiment(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,5 @@
-"""The SAE experiments as a user runs them: small runs end to end, resumed, stopped and refused; cells found in prompts."""
+"""The training of dictionaries as a user runs it: small runs end to end, resumed, stopped and refused."""
 
-import dataclasses
-import itertools
 import json
 import os
 import re
@@ -13,37 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
-from hypothesis import strategies as st
 
 import arc
-import evaluate_sae
 import extract
-import qwen_eqx
 import sae
-import steer
 import tolerances
 import train_sae
-from qwen_lab import corpus, errors, jobs, places, runs, settings, sources, splicing, stopping, texts
-from running import BRIEF, ROOT, run, run_experiment, short_tasks, small
-from sae.evaluation import metrics
+from qwen_lab import errors, jobs, runs, settings, sources, stopping
+from running import ROOT, run, run_experiment, short_tasks, small
 
 WEIGHTS = "sae/sae_weights.safetensors"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A short live run."""
-    out = tmp_path_factory.mktemp("trained")
-    said = run(train_sae, small(out))
-    for word in ("share of the time: model", "buffer", "SAE", "on held-out tasks", "loss curve", "next: python"):
-        assert word in said
-    return out
 
 
 def test_model_buffer_and_dictionary_share_a_mesh(tmp_path: Path):
@@ -229,81 +210,6 @@ def test_a_buffer_in_the_activations_own_dtype_changes_only_its_bytes(trained: P
     assert (tmp_path / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 
-def test_evaluation_writes_all_it_promises(trained: Path, tmp_path: Path):
-    said = run(
-        evaluate_sae,
-        evaluate_sae.Config(
-            sae=(str(trained / "sae"),), steered=2, augmented=1, timelines=1, max_prompt=512, out=tmp_path
-        ),
-    )
-    assert "the largest change of a logit is 0" in said
-    found = json.loads((tmp_path / "metrics.json").read_text())["sae"]
-    assert found["identity"] == 0.0
-    for name in ("fvu", "explained_variance", "l0", "cosine", "norm_ratio", "ce_recovered", "kl_recovered", "dead"):
-        assert np.isfinite(found[name])
-    assert found["fvu"] == pytest.approx(1 - found["explained_variance"])
-    assert set(found["task"]) <= set(sae.load_with_metadata(trained / "sae").metadata["held_out_tasks"])
-    rows = sum(group["rows"] for group in found["position"].values())
-    assert rows == sum(group["rows"] for group in found["task"].values()) == found["rows"]
-    assert f"these are of {found['rows_of']}" in said
-    assert re.fullmatch(rf"{rows:,.0f} rows of \d+ documents of [12] of 2 tasks: .*right answers", found["rows_of"])
-    site = tmp_path / "features"
-    told = json.loads((site / "data" / "index.js").read_text().removeprefix('receive("index",')[:-3])
-    assert [(one["key"], one["latents"]) for one in told["dictionaries"]] == [("0", 64)]
-    assert "steered" in dict(told["dictionaries"][0]["notes"])
-    assert '"title":"right answer"' in (site / "data" / "documents" / "0000.js").read_text()
-    page = (site / "data" / "0" / "0000.js").read_text()
-    for kind in ("turned", "recoloured", "reordered", "principal directions", '"steered":{'):
-        assert kind in page
-    assert (tmp_path / "densities.svg").exists()
-    assert (tmp_path / "breakdown.svg").exists()
-    assert f"answers being computed: {tmp_path / 'features' / 'tasks' / 'index.html'}" in said
-    (answer,) = [path for path in (tmp_path / "features" / "tasks").iterdir() if path.name != "index.html"]
-    told = json.loads(answer.read_text().partition('id="data">')[2].partition("</script>")[0])
-    assert all(len(step["top"]) <= 4 for step in told["steps"])  # what fires at all, of a dictionary with k=4
-    assert all(0 <= step["p"] <= 1 for step in told["steps"])
-
-
-def test_other_text_is_said_first_and_kept(trained: Path, tmp_path: Path):
-    config = evaluate_sae.Config(sae=(str(trained / "sae"),), **BRIEF, limit=1, max_prompt=512, out=tmp_path / "same")
-    assert "other text" not in run(evaluate_sae, config)
-    same = json.loads((tmp_path / "same" / "metrics.json").read_text())["sae"]
-    assert same["text"]["differs"] == []
-    assert same["text"]["found"] == same["text"]["trained_on"]
-    other = dataclasses.replace(config, tasks="arc-agi-2/training", encoder="shape(minimal)", out=tmp_path / "other")
-    first = run(evaluate_sae, other).splitlines()[0]
-    assert first == (
-        "other text than sae learned: found tasks arc-agi-2/training, encoder shape(minimal); trained on tasks "
-        f"arc-agi-1/training, encoder {arc.DEFAULT_ENCODER}"
-    )
-    text = json.loads((tmp_path / "other" / "metrics.json").read_text())["sae"]["text"]
-    assert (text["differs"], text["found"]["tasks"]) == (["tasks", "encoder"], "arc-agi-2/training")
-
-
-WORDS = st.one_of(st.none(), st.text(max_size=3))
-
-
-@given(*[st.fixed_dictionaries(dict.fromkeys(texts.Text.__dataclass_fields__, WORDS))] * 2)
-def test_text_is_other_where_both_say_so_or_it_has_no_name(here: dict[str, Any], there: dict[str, Any]):
-    found, trained = texts.Text(**here), texts.Text(**there)
-    assert texts.Text.of_metadata(trained.metadata) == trained
-    known = {name for name in here if name == "tasks" or None not in (here[name], there[name])}
-    assert set(found.differs(trained)) == {name for name in known if here[name] != there[name]}
-    assert found.differs(found) == []
-    (line,) = texts.warnings(found, {"a": trained, "b": trained}) or [""]
-    assert ("a, b" in line) == bool(found.differs(trained))
-    assert line.isprintable()
-
-
-@pytest.mark.parametrize(
-    "metadata", [{"dataset_path": "openwebtext"}, {"tasks": 3}, {"tasks": None, "encoder": []}, {}]
-)
-def test_foreign_metadata_are_other_text(metadata: dict[str, Any]):
-    found = texts.Text(model="tiny-random", tasks="arc-agi-1/evaluation", encoder="minimal")
-    (line,) = texts.warnings(found, {"theirs": texts.Text.of_metadata(metadata)})
-    assert line.endswith("tasks openwebtext" if "dataset_path" in metadata else "text that its metadata do not name")
-
-
 def test_what_was_read_is_counted(tmp_path: Path):
     """There are three tasks, whatever the limit says."""
     store, shape = tmp_path / "store", {"tasks": str(short_tasks(tmp_path)), "max_new_tokens": 4}
@@ -322,36 +228,6 @@ def test_what_was_read_is_counted(tmp_path: Path):
     assert live["tokenizer_digest"] == replay["tokenizer_digest"]
     metrics = json.loads((tmp_path / "live" / "metrics.json").read_text())["sae"]
     assert f"all {metrics['rows']:,.0f} rows" in metrics["rows_of"]
-
-
-def test_several_saes_are_compared_and_foreign_ones_are_read(trained: Path, tmp_path: Path):
-    foreign = sae.BatchTopK.init(d_model=144, d_sae=32, k=4, key=jax.random.key(0))  # at a site of another width
-    foreign = foreign.with_threshold(jax.random.normal(jax.random.key(1), (64, 144)))
-    sae.save(foreign, tmp_path / "many" / "other", {"model_name": "tiny-random", "hook_name": "blocks.1.mlp.hook_post"})
-    shutil.copytree(trained / "sae", tmp_path / "many" / "ours")
-    config = evaluate_sae.Config(sae=(str(tmp_path / "many"),), tasks="arc-agi-1/training", limit=2, **BRIEF)
-    run(evaluate_sae, dataclasses.replace(config, max_prompt=512, out=tmp_path / "out"))
-    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"ours", "other"}
-    picture = (tmp_path / "out" / "fvu_l0.svg").read_text()
-    assert len(picture) < 60_000
-    assert "batchtopk, blocks.1.mlp.hook_post" in picture
-
-
-@pytest.mark.parametrize("mode", ["add", "clamp"])
-def test_steering_shows_before_and_after(trained: Path, tmp_path: Path, mode: Any):
-    config = steer.Config(sae=str(trained / "sae"), mode=mode, limit=2, max_new_tokens=4, max_prompt=512, out=tmp_path)
-    said = run(steer, dataclasses.replace(config, strength=40.0))
-    assert "before" in said
-    assert "after" in said
-    assert "other text" not in said
-    assert json.loads((tmp_path / "steer.json").read_text())["changed"] > 0
-    if mode == "add":
-        other = run(steer, dataclasses.replace(config, strength=0.0, encoder="shape(minimal)"))
-        assert (
-            f"other text than {config.sae} learned: found encoder shape(minimal); trained on encoder shape(rows"
-            in other
-        )
-        assert json.loads((tmp_path / "steer.json").read_text())["changed"] == 0
 
 
 BAD = [
@@ -381,81 +257,6 @@ def test_bad_input_is_refused_by_name(fields, word, tmp_path: Path):
     with pytest.raises(errors.INPUT_ERRORS, match=word) as caught:
         train_sae.main(runs.RunConfig(**({"limit": 6, "held_out": 2} | fields), out=tmp_path))
     assert "\n" not in str(caught.value)
-
-
-grids = st.tuples(st.integers(1, 12), st.integers(1, 5)).flatmap(
-    lambda shape: st.lists(st.integers(0, 9), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).map(
-        lambda cells: arc.as_grid(np.asarray(cells, np.uint8).reshape(shape), "grid")
-    )
-)
-
-
-@given(grids, st.sampled_from(sorted(arc.ENCODERS)))
-def test_every_cell_is_found_in_every_encoding(grid, name: str):
-    """Changing one cell changes text only from that cell's characters on, and all cells have their own."""
-    encoder = arc.ENCODERS[name]
-    text, spans = encoder.encode(grid), arc.spans.cell_spans(encoder, grid)
-    flat = [span for row in spans for span in row]
-    assert [len(row) for row in spans] == [grid.shape[1]] * grid.shape[0]
-    assert all(a < b for a, b in flat)
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(flat))
-    for (row, col), value in np.ndenumerate(grid):
-        other = grid.copy()
-        other[row, col] = (int(value) + 1) % 10
-        changed = encoder.encode(other)
-        start, end = spans[row][col]
-        assert changed[:start] == text[:start]
-        assert changed[start:] != text[start:]
-        assert changed[len(changed) - (len(text) - end) :] == text[end:]
-
-
-@pytest.mark.parametrize("name", sorted(arc.PROMPTS))
-def test_a_document_is_the_prompt_with_its_answer_and_its_grids_stand_where_they_are_said_to(name: str):
-    _, tokenizer = qwen_eqx.from_pretrained("tiny-random")
-    tasks = list(arc.load_tasks("arc-agi-1/training"))[:3]
-    for document in corpus.documents(tasks, tokenizer, max_tokens=4000, encoder="shape(rows(minimal))", format=name):
-        task = next(task for task in tasks if task.id == document.task)
-        answer = arc.prompt.answer(task.test[document.test].output, format=name)  # pyright: ignore[reportArgumentType]
-        assert document.text.endswith(answer)
-        assert tokenizer.encode(document.text) == document.tokens
-        for grid in document.grids:
-            read = [[int(document.text[a:b]) for a, b in row] for row in grid.spans]
-            assert np.array_equal(read, grid.cells)
-        for grid in (document.grids[0], document.grids[-1]):
-            held = document.tokens_of(grid)
-            for at, (start, end) in np.ndenumerate(
-                np.asarray([[tuple(span) for span in row] for row in grid.spans], "i,i")
-            ):
-                touched = [n for n, (a, b) in enumerate(document.offsets) if a < end and b > start]
-                assert list(range(*held[at])) == touched
-        begun = document.offsets[document.asked][0]
-        assert document.offsets[document.asked - 1][0] < len(document.prompt.text) <= begun
-        same = document.answered(document.grids[-1].cells, tokenizer)
-        assert (same.text, same.offsets, same.cells) == (document.text, document.offsets, document.cells)
-
-
-def test_what_splicing_costs_agrees_with_the_library():
-    """Document by document, with pads and edits, gives what `metrics.recovered` gives for one document."""
-    model, _ = qwen_eqx.from_pretrained("tiny-random", dtype=jnp.float32)
-    module = sae.TopK.init(d_model=64, d_sae=128, k=8, key=jax.random.key(0))
-    tokens, site = list(range(30, 71)), "blocks.1.hook_resid_post"
-
-    def logits(edit):
-        return model.run_with_capture(jnp.asarray(tokens), [], edits=[qwen_eqx.Replace(edit, site=site)])[0][:-1]
-
-    expected = metrics.recovered(logits, module, jnp.asarray(tokens[1:]))
-    found = splicing.recovered(model, places.Dictionary("sae", module, places.Place((site,), (site,))), [tokens])
-    assert found.pop("identity") == 0.0
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, err_msg=name, **tolerances.SAME_F32)
-
-
-def test_clamping_holds_one_latent():
-    module = sae.ReLU.init(d_model=8, d_sae=16, key=jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (5, 8))
-    held = sae.Clamped(module, jnp.int32(3), jnp.float32(7.0))(x)
-    z = module.encode(x).at[:, 3].set(7.0)
-    np.testing.assert_allclose(held, module.decode(z), **tolerances.SAME_F32)
 
 
 def test_no_task_is_on_both_sides():
