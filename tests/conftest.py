@@ -8,8 +8,6 @@ import urllib.request
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        # most of the suite is compiling: LLVM's optimizations double it. What is given in the environment comes after
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         # eight devices on two busy cores may meet late: XLA ends the process after 40 s
