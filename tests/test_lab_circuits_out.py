@@ -184,7 +184,7 @@ def test_a_page_holds_its_graph_and_no_text_of_it_runs(tmp_path: Path):
 
 
 def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
-    config = trace_circuit.Config(task="mirror-36", max_features=24, batch=16, pages=1, out=tmp_path)
+    config = trace_circuit.Config(task="mirror-37", max_features=24, batch=16, pages=1, out=tmp_path)
     said = run(trace_circuit, config)
     assert "the model says '3'" in said
     graph = Graph.load(tmp_path)
