@@ -186,11 +186,11 @@ def test_a_page_holds_its_graph_and_no_text_of_it_runs(tmp_path: Path):
 def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
     config = trace_circuit.Config(task="mirror-37", max_features=24, batch=16, pages=1, out=tmp_path)
     said = run(trace_circuit, config)
-    assert "the model says '3'" in said
+    assert "the model says '4'" in said
     graph = Graph.load(tmp_path)
     assert graph.facts["traced_features"] == 24
     assert graph.facts["model"] == "tiny-arc"
-    colours = [grid["cells"][0][1] for grid in graph.grids if grid["title"] == "right answer"]
+    colours = [grid["cells"][0][0] for grid in graph.grids if grid["title"] == "right answer"]
     assert [str(colour) for colour in colours] == list(graph.facts["logit_tokens"].values())
     for grid in graph.grids:
         for row, places in zip(grid["cells"], grid["positions"], strict=True):
@@ -198,10 +198,10 @@ def test_the_command_traces_a_cell_of_a_puzzle_that_is_solved(tmp_path: Path):
                 assert place < 0 or graph.pieces[place].strip() == str(colour)
     assert len(graph.tokens) == len(graph.pieces)
     (address,) = set(re.findall(r'"pages":"(.*?)"', (tmp_path / "circuit.html").read_text()))
-    page, _, anchor = address.format(layer=1, latent=18).partition("#")  # of one of the strongest
-    assert anchor == "/1/18"
+    page, _, anchor = address.format(layer=1, latent=330).partition("#")  # of one of the strongest
+    assert anchor == "/1/330"
     columns = ((tmp_path / page).parent / "data" / "1" / "index.js").read_text()
-    assert 18 in json.loads(columns.partition(",")[2][:-3])["latent"]
+    assert 330 in json.loads(columns.partition(",")[2][:-3])["latent"]
     assert set(trace_circuit.WRITTEN) <= {path.name for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match="--hold: found '1_2', expected a node's name and a number"):
         run(trace_circuit, dataclasses.replace(config, hold=("1_2",), out=tmp_path / "other"))
