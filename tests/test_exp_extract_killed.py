@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ports import with_devices
 from running import ROOT, short_tasks
 from sae import storage
 
@@ -16,8 +17,7 @@ FLAGS = "--mode forward --limit 3 --layers 1 --items-per-shard 1 --model tiny-ra
 
 def killed(where: Path, location: str, step: int, kills: int) -> int:
     """How many counted deaths it took; raises unless the stores are an uninterrupted run's."""
-    own = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"), "JAX_PLATFORMS": "cpu"}
-    own |= {"JAX_COMPILATION_CACHE_DIR": str(where / "xla")}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1), "JAX_COMPILATION_CACHE_DIR": str(where / "xla")}
     own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
     harness = [sys.executable, str(ROOT / "tests" / "kill_extract.py"), str(where / "whole"), location]
     command = [*harness, str(step), str(kills), *FLAGS.split(), str(short_tasks(where))]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ports import free_port
+from ports import free_port, with_devices
 from qwen_lab import InputError, RunError, cli, hosts
 from qwen_lab.hosts import Hosts, OfHosts
 from running import ROOT, short_tasks
@@ -21,8 +21,7 @@ FLAGS = "--mode forward --limit 5 --layers 1 --items-per-shard 1 --model tiny-ra
 
 def test_several_processes_write_the_store_of_one(tmp_path: Path):
     """All of it in one harness: the start of each process is what costs."""
-    own = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"), "JAX_PLATFORMS": "cpu"}
-    own |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(1), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
     own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
     command = [sys.executable, str(ROOT / "tests" / "host_extract.py"), str(tmp_path), *FLAGS.split()]
     tasks = short_tasks(tmp_path, 5)

@@ -22,7 +22,7 @@ import qwen_eqx
 import sae
 import stores
 import train_sae
-from ports import free_port
+from ports import free_port, with_devices
 from qwen_lab import InputError, RunConfig, flags, hosts, joining
 from qwen_lab import jobs as lab_jobs
 from qwen_lab.hosts import Hosts
@@ -62,7 +62,7 @@ def two(config: RunConfig, cache: Path) -> Iterator[list[subprocess.Popen[str]]]
     named = {name: getattr(config, name) for name in (*FIELDS, "store", "out")} | {"sweep": config.sweep[0]}
     flags = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--mesh", "data=2,model=2", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
-    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(2)}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     own |= {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
     command = [sys.executable, str(ROOT / "experiments" / "train_sae.py"), *flags, "--process-id"]
@@ -147,7 +147,7 @@ class Enough(Exception):
 
 def test_models_and_dictionaries_of_a_running_model_train_so_too(tmp_path: Path):
     """All of it in one harness, whose processes are forks: the start of each is what costs."""
-    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": with_devices(2)}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     own |= {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}
     live = f"{LIVE} --tasks {short_tasks(tmp_path, 5)}"  # of one shape all

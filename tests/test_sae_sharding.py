@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sae
+from ports import free_port, with_devices
 from sae import ShuffleBuffer, files, training
 from sae.codes import across, products
 from sae.errors import InputError
@@ -187,10 +187,8 @@ def test_a_checkpoint_does_not_tell_where_a_state_lay(tmp_path_factory, shape, a
 
 def test_two_processes_train_and_save_a_state_that_one_goes_on_with_on_another_mesh(tmp_path):
     """Each writes what its devices hold, so no file has a whole table. They went on from a checkpoint themselves."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = str(found.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    port = str(free_port())
+    environment = os.environ | {"XLA_FLAGS": with_devices(2)}
     command = [sys.executable, str(Path(__file__).with_name("host_sae.py")), port]
     both = [subprocess.Popen([*command, str(n), "2", str(tmp_path)], env=environment) for n in range(2)]
     try:
